@@ -1,0 +1,65 @@
+// Registers the rules of the headers included after this one, with their CPU kernels. One translation unit a header,
+// without any of torch's headers (setup.py writes it).
+#pragma once
+
+#include "kernels.h"
+
+namespace hyperopt_ext {
+namespace {
+
+// The compiled sets of a rule: none, those that it names, all.
+template <class R>
+constexpr std::size_t kSets = R::sets.size() + 2;
+
+template <class R>
+constexpr Mask set_at(std::size_t i) {
+  return i == 0 ? 0 : i + 1 < kSets<R> ? R::sets[i - 1] : kAllHypers<R>;
+}
+
+template <class R, class T>
+constexpr StepKernels step_kernels() {
+  return {prepare<R, T, 0>, settle<R, T>, hypergradient<R, T, kAllHypers<R>, true>};
+}
+
+template <class R, class T, Mask S>
+constexpr LearnedKernels learned_kernels() {
+  if constexpr (S == 0)
+    return {update<R, T, kNothing>, nullptr, nullptr};
+  else
+    return {update<R, T, RecordOf<R, S>>, prepare<R, T, S>, hypergradient<R, T, S, false>};
+}
+
+template <class R, Mask S>
+LearnedSet learned_set() {
+  return {S,
+          RecordOf<R, S>,
+          {learned_kernels<R, float, S>(), learned_kernels<R, double, S>(), learned_kernels<R, c10::Half, S>(),
+           learned_kernels<R, c10::BFloat16, S>()}};
+}
+
+template <class R, std::size_t... I>
+Rule make_rule(std::index_sequence<I...>) {
+  static_assert(R::hypers.size() <= kMaxHypers && R::state.size() <= kMaxStates, "too many hyperparameters or states");
+  return {R::name,
+          {R::hypers.begin(), R::hypers.end()},
+          {R::state.begin(), R::state.end()},
+          {learned_set<R, set_at<R>(I)>()...},
+          {step_kernels<R, float>(), step_kernels<R, double>(), step_kernels<R, c10::Half>(),
+           step_kernels<R, c10::BFloat16>()},
+          level<R>};
+}
+
+template <class R>
+struct Registration {
+  Rule rule = make_rule<R>(std::make_index_sequence<kSets<R>>{});
+  Registration() { rules().push_back(&rule); }
+};
+
+}  // namespace
+}  // namespace hyperopt_ext
+
+#define HX_JOIN_(a, b) a##b
+#define HX_JOIN(a, b) HX_JOIN_(a, b)
+#undef HX_REGISTER_RULE
+#define HX_REGISTER_RULE(...) \
+  static const ::hyperopt_ext::Registration<__VA_ARGS__> HX_JOIN(registration, __COUNTER__);

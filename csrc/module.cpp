@@ -1,0 +1,77 @@
+// hyperopt_ext._C: defines the operators, and tells Python what rules there are, so that the two sides cannot drift.
+#include <torch/csrc/utils/pybind.h>
+
+#include "ops.h"
+#include "tower.h"
+
+namespace hyperopt_ext {
+namespace {
+
+namespace py = pybind11;
+
+// [levels][kPlanColumns], flattened.
+using Plan = std::vector<std::int64_t>;
+
+int levels(const Plan& plan) {
+  return int(plan.size()) / kPlanColumns;
+}
+
+py::dict describe(const Rule& rule, int id) {
+  py::list hypers, state;
+  for (const Hyperparameter& h : rule.hypers) {
+    py::dict entry;
+    entry["name"] = h.name;
+    entry["initial"] = h.initial;
+    entry["low"] = h.low;
+    entry["high"] = h.high;
+    entry["space"] = kSpaces[std::size_t(h.space)];
+    entry["learned"] = h.learned;
+    hypers.append(entry);
+  }
+  for (const char* name : rule.state) state.append(name);
+  py::dict result;
+  result["id"] = id;
+  result["name"] = rule.name;
+  result["hypers"] = hypers;
+  result["state"] = state;
+  return result;
+}
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  define_tower_op();
+  for (const Rule* rule : rules()) define_ops(*rule);
+
+  m.attr("TICKS") = int(kTicks);
+  m.attr("SKIPPED") = int(kSkipped);
+  m.attr("SPACE_BITS") = kSpaceBits;
+  m.def("spaces", [] { return std::vector<std::string>(kSpaces.begin(), kSpaces.end()); });
+  m.def("rules", [] {
+    py::list result;
+    for (std::size_t i = 0; i < rules().size(); ++i) result.append(describe(*rules()[i], int(i)));
+    return result;
+  });
+  m.def(
+      "record",
+      [](const std::string& rule, Mask learn) {
+        const unsigned kept = find_rule(rule).set_for(learn).record;
+        std::vector<std::string> names;
+        if (kept & kGrad) names.emplace_back("last_grad");
+        if (kept & kParam) names.emplace_back("last_param");
+        return names;
+      },
+      "The per-parameter tensors that a rule keeps of its last step, in the order of the operators' `record`.");
+  m.def(
+      "tower_row",
+      [](const Plan& plan, const std::vector<double>& values, const std::vector<double>& state) {
+        std::vector<double> row(std::size_t(tower_width(plan.data(), levels(plan))));
+        tower_reset(row.data(), plan.data(), levels(plan), values.data(), state.data());
+        return row;
+      },
+      "A fresh row of a tower, from the value of every hyperparameter and the start value of every state.");
+  m.def(
+      "tower_live", [](const Plan& plan) { return tower_live(plan.data(), levels(plan)); },
+      "Where in a row the live values of each level start.");
+}
+
+}  // namespace
+}  // namespace hyperopt_ext

@@ -1,0 +1,273 @@
+// Schemas, autograd, version counters and Meta kernels. For a rule R, with n parameters:
+//
+//   R_hypergradient  pass A: what the last update's hyperparameters did to today's loss
+//   R_step_          pass B: one update, in place
+//   R_settle_        closes the record of parameters that have no gradient in this step
+//   R                one update as a differentiable function of its hyperparameters
+//   R_backward       its backward
+//
+// and, between the two passes, tower_ for any number of towers of any height.
+#include "ops.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "cpu/passes.h"
+#include "tower.h"
+
+namespace hyperopt_ext {
+namespace {
+
+using at::Tensor;
+using at::TensorList;
+using torch::autograd::variable_list;
+
+torch::Library& library() {
+  static auto* const lib =
+      new torch::Library(torch::Library::FRAGMENT, "hyperopt_ext", std::nullopt, __FILE__, __LINE__);
+  return *lib;
+}
+
+template <class F>
+void impl(const std::string& name, c10::DispatchKey key, F&& kernel) {
+  library().impl(name.c_str(), torch::dispatch(key, torch::CppFunction(std::forward<F>(kernel))));
+}
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> op(const std::string& name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(("hyperopt_ext::" + name).c_str(), "").typed<Signature>();
+}
+
+// Writes through raw pointers do not show: tell autograd of them.
+void wrote(TensorList tensors) {
+  for (const Tensor& t : tensors) t.unsafeGetTensorImpl()->bump_version();
+}
+
+using Hypergradient = Tensor(TensorList, TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor&,
+                             std::int64_t, double);
+using Step = void(TensorList, TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor&, std::int64_t,
+                  double);
+using Settle = void(TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor&, std::int64_t);
+using Tower = void(TensorList, TensorList, TensorList, TensorList);
+using Update = std::vector<Tensor>(TensorList, TensorList, TensorList, TensorList, const Tensor&);
+using Backward = Tensor(TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor&);
+
+// The arguments of R and R_backward.
+void check_inputs(const Rule& rule, TensorList params, TensorList grads, TensorList state, TensorList hyper,
+                  const Tensor& step) {
+  const std::size_t n = params.size();
+  TORCH_CHECK_VALUE(grads.size() == n, "grads must hold one tensor for each of the ", n, " params, not ", grads.size());
+  TORCH_CHECK_VALUE(state.size() == n * rule.state.size(), "state must hold ", rule.state.size(), " tensors for each of the ",
+                    n, " params of rule '", rule.name, "', not ", state.size(), " in all");
+  TORCH_CHECK_VALUE(hyper.size() == rule.hypers.size(), "hyper must hold the ", rule.hypers.size(),
+                    " hyperparameters of rule '", rule.name, "', not ", hyper.size());
+  for (std::size_t i = 0; i < hyper.size(); ++i)
+    TORCH_CHECK_VALUE(hyper[i].numel() == 1 && hyper[i].is_floating_point(), "hyper: ", rule.hypers[i].name,
+                      " must be a tensor of one floating-point number");
+  TORCH_CHECK_VALUE(step.numel() == 1, "step must be a tensor of one number");
+  for (std::size_t i = 0; i < n; ++i) {
+    const auto fits = [&](const char* name, const Tensor& t, at::ScalarType type) {
+      TORCH_CHECK_VALUE(t.layout() == at::kStrided && t.scalar_type() == type && t.sizes() == params[i].sizes(), name,
+                        " of params[", i, "] must be a dense ", type, " tensor of shape ", params[i].sizes());
+    };
+    const at::ScalarType type = params[i].scalar_type();
+    TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16, "params[", i,
+                     "] must be float32, float64, float16 or bfloat16, not ", type);
+    fits("grads", grads[i], type);
+    for (std::size_t k = 0; k < rule.state.size(); ++k)
+      fits("state", state[k * n + i], type == at::kDouble ? at::kDouble : at::kFloat);
+  }
+}
+
+std::vector<double> values_of(TensorList tensors) {
+  std::vector<double> values;
+  for (const Tensor& t : tensors) values.push_back(t.item<double>());
+  return values;
+}
+
+// R as an autograd function. Its detach points are the paper's: parameters, gradients and state are constants, the new
+// state is not differentiated, and a backward reaches the hyperparameters alone.
+struct UpdateFunction : torch::autograd::Function<UpdateFunction> {
+  static constexpr bool is_traceable = true;  // without it, compiled autograd breaks the graph here
+
+  static variable_list forward(torch::autograd::AutogradContext* ctx, TensorList params, TensorList grads, TensorList state,
+                               TensorList hyper, const Tensor& step, const std::string& rule) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    variable_list outputs = op<Update>(rule).call(params, grads, state, hyper, step);
+    variable_list inputs;
+    for (TensorList list : {params, grads, state, hyper}) inputs.insert(inputs.end(), list.begin(), list.end());
+    inputs.push_back(step);
+    ctx->save_for_backward(inputs);
+    ctx->saved_data["rule"] = rule;
+    ctx->saved_data["params"] = std::int64_t(params.size());
+    ctx->saved_data["hypers"] = std::int64_t(hyper.size());
+    ctx->mark_non_differentiable({outputs.begin() + std::ptrdiff_t(params.size()), outputs.end()});
+    return outputs;
+  }
+
+  static variable_list backward(torch::autograd::AutogradContext* ctx, variable_list grad_outputs) {
+    const variable_list inputs = ctx->get_saved_variables();
+    const std::size_t n = std::size_t(ctx->saved_data["params"].toInt());
+    const std::size_t hypers = std::size_t(ctx->saved_data["hypers"].toInt());
+    const std::size_t states = inputs.size() - 1 - 2 * n - hypers;
+    const TensorList all(inputs);
+    const TensorList params = all.slice(0, n), hyper = all.slice(2 * n + states, hypers);
+    variable_list grad_params;
+    for (std::size_t i = 0; i < n; ++i)
+      grad_params.push_back(grad_outputs[i].defined() ? grad_outputs[i].to(params[i].scalar_type()) : at::zeros_like(params[i]));
+    const Tensor sums = op<Backward>(ctx->saved_data["rule"].toStringRef() + "_backward")
+                            .call(grad_params, params, all.slice(n, n), all.slice(2 * n, states), hyper, all.back());
+    variable_list result(inputs.size() + 1);  // one for the name of the rule
+    for (std::size_t i = 0; i < hypers; ++i)
+      result[2 * n + states + i] = sums.select(0, std::int64_t(i)).to(hyper[i].options()).view_as(hyper[i]);
+    return result;
+  }
+};
+
+}  // namespace
+
+void define_ops(const Rule& rule) {
+  const std::string name = rule.name;
+  const auto tag = std::vector<at::Tag>{at::Tag::pt2_compliant_tag};
+  const auto define = [&](const std::string& schema) { library().def((name + schema).c_str(), tag); };
+  define(
+      "_hypergradient(Tensor[] params, Tensor[] grads, Tensor[] state, Tensor[] record, Tensor[] steps, Tensor[] ticks, "
+      "Tensor tower, int learn, float scale) -> Tensor");
+  define(
+      "_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state, Tensor(c!)[] record, Tensor(d!)[] steps, "
+      "Tensor(e!)[] ticks, Tensor tower, int learn, float scale) -> ()");
+  define(
+      "_settle_(Tensor[] params, Tensor(a!)[] state, Tensor[] record, Tensor[] steps, Tensor(b!)[] ticks, Tensor tower, "
+      "int learn) -> ()");
+  define("(Tensor[] params, Tensor[] grads, Tensor[] state, Tensor[] hyper, Tensor step) -> Tensor[]");
+  define(
+      "_backward(Tensor[] grad_params, Tensor[] params, Tensor[] grads, Tensor[] state, Tensor[] hyper, Tensor step) "
+      "-> Tensor");
+
+  const Rule* const r = &rule;
+  using c10::DispatchKey;
+
+  impl(name + "_hypergradient", DispatchKey::CPU,
+       [r](TensorList params, TensorList grads, TensorList state, TensorList record, TensorList steps, TensorList ticks,
+           const Tensor& tower, std::int64_t learn, double scale) {
+         return hypergradient_cpu(*r, {params, grads, state, record, steps, ticks, tower}, Mask(learn), scale);
+       });
+  impl(name + "_hypergradient", DispatchKey::Meta,
+       [r](TensorList, TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor& tower, std::int64_t,
+           double) { return at::empty_symint({tower.sym_size(0), std::int64_t(r->hypers.size())}, tower.options()); });
+  library().impl((name + "_hypergradient").c_str(),
+                 torch::dispatch(DispatchKey::Autograd, torch::autograd::autogradNotImplementedFallback()));
+
+  impl(name + "_step_", DispatchKey::CPU,
+       [r](TensorList params, TensorList grads, TensorList state, TensorList record, TensorList steps, TensorList ticks,
+           const Tensor& tower, std::int64_t learn, double scale) {
+         step_cpu(*r, {params, grads, state, record, steps, ticks, tower}, Mask(learn), scale);
+       });
+  impl(name + "_step_", DispatchKey::ADInplaceOrView,
+       [step = op<Step>(name + "_step_")](TensorList params, TensorList grads, TensorList state, TensorList record,
+                                          TensorList steps, TensorList ticks, const Tensor& tower, std::int64_t learn,
+                                          double scale) {
+         {
+           at::AutoDispatchBelowADInplaceOrView below;
+           step.call(params, grads, state, record, steps, ticks, tower, learn, scale);
+         }
+         for (TensorList list : {params, state, record, steps, ticks}) wrote(list);
+       });
+  impl(name + "_step_", DispatchKey::Meta,
+       [](TensorList, TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor&, std::int64_t, double) {});
+
+  impl(name + "_settle_", DispatchKey::CPU,
+       [r](TensorList params, TensorList state, TensorList record, TensorList steps, TensorList ticks, const Tensor& tower,
+           std::int64_t learn) { settle_cpu(*r, {params, params, state, record, steps, ticks, tower}, Mask(learn)); });
+  impl(name + "_settle_", DispatchKey::ADInplaceOrView,
+       [settle = op<Settle>(name + "_settle_")](TensorList params, TensorList state, TensorList record, TensorList steps,
+                                                TensorList ticks, const Tensor& tower, std::int64_t learn) {
+         {
+           at::AutoDispatchBelowADInplaceOrView below;
+           settle.call(params, state, record, steps, ticks, tower, learn);
+         }
+         for (TensorList list : {state, ticks}) wrote(list);
+       });
+  impl(name + "_settle_", DispatchKey::Meta,
+       [](TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor&, std::int64_t) {});
+
+  impl(name, DispatchKey::CPU,
+       [r](TensorList params, TensorList grads, TensorList state, TensorList hyper, const Tensor& step) {
+         check_inputs(*r, params, grads, state, hyper, step);
+         std::vector<Tensor> outputs;
+         for (TensorList list : {params, state})
+           for (const Tensor& t : list) outputs.push_back(t.clone());
+         update_cpu(*r, TensorList(outputs).slice(0, params.size()), grads, TensorList(outputs).slice(params.size()),
+                    values_of(hyper).data(), step.item<double>());
+         return outputs;
+       });
+  impl(name, DispatchKey::Meta,
+       [r](TensorList params, TensorList grads, TensorList state, TensorList hyper, const Tensor& step) {
+         check_inputs(*r, params, grads, state, hyper, step);
+         std::vector<Tensor> outputs;
+         for (TensorList list : {params, state})
+           for (const Tensor& t : list) outputs.push_back(at::empty_like(t));
+         return outputs;
+       });
+  impl(name, DispatchKey::Autograd,
+       [name](TensorList params, TensorList grads, TensorList state, TensorList hyper, const Tensor& step) {
+         return UpdateFunction::apply(params, grads, state, hyper, step, name);
+       });
+
+  impl(name + "_backward", DispatchKey::CPU,
+       [r](TensorList grad_params, TensorList params, TensorList grads, TensorList state, TensorList hyper,
+           const Tensor& step) {
+         check_inputs(*r, params, grads, state, hyper, step);
+         check_inputs(*r, params, grad_params, state, hyper, step);
+         Tensor sums = at::zeros({std::int64_t(hyper.size())}, hyper[0].options().dtype(at::kDouble));
+         backward_cpu(*r, grad_params, params, grads, state, values_of(hyper).data(), step.item<double>(),
+                      sums.mutable_data_ptr<double>());
+         return sums;
+       });
+  impl(name + "_backward", DispatchKey::Meta,
+       [](TensorList, TensorList, TensorList, TensorList, TensorList hyper, const Tensor&) {
+         return at::empty({std::int64_t(hyper.size())}, hyper[0].options().dtype(at::kDouble));
+       });
+  library().impl((name + "_backward").c_str(),
+                 torch::dispatch(DispatchKey::Autograd, torch::autograd::autogradNotImplementedFallback()));
+}
+
+void define_tower_op() {
+  library().def("tower_(Tensor(a!)[] towers, Tensor[] hypergradients, Tensor[] plans, Tensor[] bounds) -> ()",
+                {at::Tag::pt2_compliant_tag});
+  impl("tower_", c10::DispatchKey::CPU,
+       [](TensorList towers, TensorList hypergradients, TensorList plans, TensorList bounds) {
+         TORCH_CHECK_VALUE(hypergradients.size() == towers.size() && plans.size() == towers.size() &&
+                               bounds.size() == towers.size(),
+                           "hypergradients, plans and bounds must hold one tensor for each of the ", towers.size(), " towers");
+         for (std::size_t i = 0; i < towers.size(); ++i) {
+           const Tensor &tower = towers[i], &sums = hypergradients[i], &plan = plans[i];
+           const int levels = int(plan.size(0));
+           const std::int64_t* columns = plan.const_data_ptr<std::int64_t>();
+           TORCH_CHECK_VALUE(tower.is_contiguous() && tower.size(1) == tower_width(columns, levels), "towers[", i,
+                             "] does not fit its plan");
+           TORCH_CHECK_VALUE(sums.dim() == 2 && sums.size(0) == tower.size(0) && sums.is_contiguous(), "hypergradients[", i,
+                             "] must have a row for each tower");
+           for (std::int64_t row = 0; row < tower.size(0); ++row)
+             tower_step(tower.mutable_data_ptr<double>() + row * tower.size(1), columns, bounds[i].const_data_ptr<double>(),
+                        levels, sums.const_data_ptr<double>() + row * sums.size(1));
+         }
+       });
+  impl("tower_", c10::DispatchKey::ADInplaceOrView,
+       [step = op<Tower>("tower_")](TensorList towers, TensorList hypergradients, TensorList plans, TensorList bounds) {
+         {
+           at::AutoDispatchBelowADInplaceOrView below;
+           step.call(towers, hypergradients, plans, bounds);
+         }
+         wrote(towers);
+       });
+  impl("tower_", c10::DispatchKey::Meta, [](TensorList, TensorList, TensorList, TensorList) {});
+}
+
+}  // namespace hyperopt_ext

@@ -1,0 +1,14 @@
+// The operators of the library, in the namespace torch.ops.hyperopt_ext.
+#pragma once
+
+#include "rule.h"
+
+namespace hyperopt_ext {
+
+// Defines the operators of a rule; ops.cpp lists them.
+void define_ops(const Rule& rule);
+
+// Defines tower_, the operator that all rules share.
+void define_tower_op();
+
+}  // namespace hyperopt_ext

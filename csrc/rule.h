@@ -1,0 +1,202 @@
+// What an update rule is, and what the library derives from it.
+//
+// A rule states one step of an optimizer as scalar code over dual numbers, in four functions:
+//
+//   prepare(h, step) -> pack          once a step, in double: bias corrections, powers, whatever no element changes
+//   penalty(p, w) -> term             what the rule adds to the gradient (coupled weight decay): e = g + term
+//   advance(p, e, s...) -> pack      the state after the step
+//   change(p, e, w, s...) -> delta    w_new - w_old, from the state *after* the step
+//
+// From these four the library instantiates the update, the hypergradient and the scalar tower. `sets` names the learned
+// sets to specialise, smallest first (none and all come by themselves; any other set uses the smallest that holds it). Which hyperparameters
+// reach the state, and what of the last step has to be kept for the next hypergradient, is read off the types
+// (RecordOf below), so a rule declares neither. See rules/adam.h for a complete rule.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <limits>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "dual.h"
+
+namespace hyperopt_ext {
+
+// The coordinate x in which the level above moves a hyperparameter h = T(x).
+enum class Space : int {
+  linear,    // h = x
+  log,       // h = exp(x)
+  square,    // h = x^2
+  softplus,  // h = log(1 + exp(x))
+  tanh,      // h = (tanh(x) + 1) / 2
+};
+constexpr std::array<const char*, 5> kSpaces{"linear", "log", "square", "softplus", "tanh"};
+
+// One hyperparameter: its valid range is low <= h < high.
+struct Hyperparameter {
+  const char* name;
+  double initial;
+  double low;
+  double high;
+  Space space;   // the default coordinate
+  bool learned;  // whether it is learned by default, as in the paper
+};
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+constexpr int kMaxStates = 4;
+constexpr int kMaxHypers = 16;
+constexpr std::size_t kPreparedBytes = 512;
+
+// The hyperparameters of a step, those in S as active directions.
+template <Mask S>
+struct Hypers {
+  static constexpr Mask learned = S;
+  const double* values;
+};
+
+template <int I, Mask S>
+HX_FN Dual<double, S & bit(I)> get(const Hypers<S>& h) {
+  Dual<double, S & bit(I)> result;
+  result.value = h.values[I];
+  if constexpr ((S & bit(I)) != 0) result.tangents[0] = 1.0;
+  return result;
+}
+
+// What prepare() and advance() return: named again where it is used, by a structured binding.
+template <class... D>
+HX_FN std::tuple<D...> pack(const D&... values) {
+  return {values...};
+}
+
+// The prepared values of a step in the arithmetic type of the elements.
+template <class T, class... D>
+HX_FN auto to(const std::tuple<D...>& values) {
+  return std::apply([](const auto&... value) { return pack(to<T>(value)...); }, values);
+}
+template <class R, class T, Mask S>
+using Prepared = decltype(to<T>(R::prepare(std::declval<Hypers<S>>(), 1.0)));
+
+// What a step leaves behind so that its hypergradient can be taken at the next one.
+enum Record : unsigned {
+  kNothing = 0,
+  kGrad = 1,      // last_grad: the effective gradient e of the step
+  kDeferred = 2,  // the state stays as it was *before* the step, and is advanced from last_grad at the next one
+  kParam = 4,     // last_param: the parameter before the step
+};
+
+namespace detail {
+
+// Directions beyond the hyperparameters, used to see by type what a function depends on.
+constexpr Mask kProbeGrad = bit(30), kProbeParam = bit(29);
+
+template <class Tuple>
+struct MaskOf;
+template <class... S>
+struct MaskOf<std::tuple<S...>> {
+  static constexpr Mask value = (Mask(0) | ... | S::mask);
+};
+
+template <class R, Mask S, std::size_t... I>
+constexpr unsigned record_of(std::index_sequence<I...>) {
+  using T = double;
+  using P = decltype(R::prepare(std::declval<Hypers<S>>(), 1.0));
+  using C = Dual<T, 0>;
+  using Penalty = decltype(R::penalty(std::declval<P>(), std::declval<C>()));
+  using E = Dual<T, Penalty::mask & S>;
+  using State = decltype(R::advance(std::declval<P>(), std::declval<E>(), ((void)I, std::declval<C>())...));
+  using Change = decltype(R::change(std::declval<P>(), std::declval<Dual<T, kProbeGrad>>(),
+                                    std::declval<Dual<T, kProbeParam>>(), ((void)I, std::declval<C>())...));
+  static_assert(std::tuple_size<State>::value == R::state.size(), "advance() must return one value for each state");
+  const bool deferred = (MaskOf<State>::value & S) != 0;
+  const bool grad = deferred || (Change::mask & kProbeGrad) != 0 || (Penalty::mask & S) != 0;
+  const bool param = (Change::mask & kProbeParam) != 0;
+  return S == 0 ? kNothing : (grad ? kGrad : 0u) | (deferred ? kDeferred : 0u) | (param ? kParam : 0u);
+}
+
+}  // namespace detail
+
+template <class R>
+constexpr Mask kAllHypers = (Mask(1) << R::hypers.size()) - 1;
+
+// What has to be kept between steps when the hyperparameters S of rule R are learned.
+template <class R, Mask S>
+constexpr unsigned RecordOf =
+    detail::record_of<R, S>(std::make_index_sequence<R::state.size()>{});
+
+// Whether the effective gradient depends on a hyperparameter in S (learned, coupled weight decay).
+template <class R, Mask S>
+constexpr bool PenaltyIsLearned =
+    (decltype(R::penalty(R::prepare(std::declval<Hypers<S>>(), 1.0), std::declval<Dual<double, 0>>()))::mask &
+     S) != 0;
+
+// A run of elements of one tensor, as a kernel sees it. Parameters, gradients and last_param have the parameter's dtype;
+// state and last_grad its arithmetic type (fp32 for half precision).
+struct Slice {
+  void* param;
+  void* grad;  // dL/dw, to be multiplied by `scale`; only read
+  void* state[kMaxStates];
+  void* last_grad;
+  void* last_param;
+  std::int64_t count;
+  double scale;
+};
+
+enum ScalarType : int { kFloat, kDouble, kHalf, kBFloat16, kScalarTypes };
+
+// The kernels of a rule for one element type. `prepare` runs once a step and fills kPreparedBytes; `sums` has one entry for
+// each hyperparameter of the learned set, lowest first, and is added to.
+using PrepareKernel = void (*)(const double* hyper, double step, void* prepared);
+using SumKernel = void (*)(const Slice&, const void* prepared, double* sums);
+
+struct StepKernels {
+  PrepareKernel prepare;
+  void (*settle)(const Slice&, const void* last_prepared);
+  SumKernel backward;  // over all hyperparameters, from the inputs of the step; prepared as for the last LearnedSet
+};
+
+struct LearnedKernels {
+  void (*update)(const Slice&, const void* prepared, const void* last_prepared);
+  PrepareKernel prepare_dual;  // for hypergradient
+  SumKernel hypergradient;
+};
+
+// A set of hyperparameters for which kernels are compiled.
+struct LearnedSet {
+  Mask mask;
+  unsigned record;  // Record bits
+  LearnedKernels cpu[kScalarTypes];
+};
+
+// One step of a rule on the n learned hyperparameters of the level below, and its derivatives:
+// x [n], grad [n], state [states, n], tangents [n, hypers] (d x_new / d hyper).
+using LevelKernel = void (*)(const double* hyper, double step, int n, double* x, const double* grad, double* state,
+                             double* tangents);
+
+struct Rule {
+  const char* name;
+  std::vector<Hyperparameter> hypers;
+  std::vector<const char*> state;
+  std::vector<LearnedSet> sets;  // smallest first, from none to all hyperparameters
+  StepKernels cpu[kScalarTypes];
+  LevelKernel level;
+
+  // The smallest compiled set that holds all of `learn`.
+  const LearnedSet& set_for(Mask learn) const {
+    for (const LearnedSet& set : sets)
+      if ((learn & ~set.mask) == 0) return set;
+    return sets.back();
+  }
+};
+
+// The rules, in the order of their registration. The position of a rule is its id in a tower's plan.
+std::vector<const Rule*>& rules();
+const Rule& find_rule(const std::string& name);
+
+}  // namespace hyperopt_ext
+
+// What registering a rule means is up to the translation unit: cpu/register.h.
+#ifndef HX_REGISTER_RULE
+#define HX_REGISTER_RULE(...)
+#endif

@@ -1,0 +1,27 @@
+"""The extension module; see csrc/module.cpp. Importing it registers torch.ops.hyperopt_ext."""
+
+from typing import TypedDict
+
+class HyperparameterInfo(TypedDict):
+    name: str
+    initial: float
+    low: float
+    high: float
+    space: str
+    learned: bool
+
+class RuleInfo(TypedDict):
+    id: int
+    name: str
+    hypers: list[HyperparameterInfo]
+    state: list[str]
+
+TICKS: int
+SKIPPED: int
+SPACE_BITS: int
+
+def spaces() -> list[str]: ...
+def rules() -> list[RuleInfo]: ...
+def record(rule: str, learn: int) -> list[str]: ...
+def tower_row(plan: list[int], values: list[float], state: list[float]) -> list[float]: ...
+def tower_live(plan: list[int]) -> list[int]: ...

@@ -1,0 +1,102 @@
+"""One step of a rule as a function that autograd can differentiate with respect to the hyperparameters.
+
+This is the method in the form of the paper: the step is part of the graph, and ``loss.backward()`` in the next
+iteration leaves the hypergradient in ``hyper["lr"].grad``. Its detach points are the paper's: parameters, gradients and
+state count as constants, one step back and no further. :class:`hyperopt_ext.HyperOptimizer` computes the same numbers
+without a graph.
+
+    >>> w, lr = torch.ones(3), torch.tensor(0.1, requires_grad=True)
+    >>> [w1], _ = hx.functional.sgd([w], [w], None, {"lr": lr}, torch.tensor(1))
+    >>> (w1**2).sum().backward()
+    >>> lr.grad
+    tensor(-5.4000)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hyperopt_ext.stack import RULES
+
+State = dict[str, list[Tensor]]
+
+
+def adam(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    state: Mapping[str, Sequence[Tensor]] | None,
+    hyper: Mapping[str, Tensor],
+    step: Tensor,
+) -> tuple[list[Tensor], State]:
+    """One step of Adam (Kingma & Ba, ICLR 2015) with the conventions of ``torch.optim.Adam``.
+
+    Args:
+        params: n dense tensors, fp32, fp64, fp16 or bf16.
+        grads: their gradients, of the same shapes and dtypes.
+        state: ``exp_avg`` and ``exp_avg_sq``, n tensors each, of the parameters' shapes, fp64 for fp64 parameters and
+            fp32 else. ``None`` stands for zeros.
+        hyper: any of ``lr``, ``beta1``, ``beta2``, ``eps`` and ``weight_decay``, as floating-point tensors of one
+            number; the others are at their defaults.
+        step: the number of this step, from 1, a tensor of one number.
+
+    Returns:
+        The new parameters, differentiable with respect to ``hyper``, and the new state, which is not.
+
+    Raises:
+        TypeError: a hyperparameter or ``step`` is not a tensor.
+        ValueError: an unknown hyperparameter or state, or tensors that do not match.
+    """
+    return _update("adam", params, grads, state, hyper, step)
+
+
+def sgd(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    state: Mapping[str, Sequence[Tensor]] | None,
+    hyper: Mapping[str, Tensor],
+    step: Tensor,
+    *,
+    nesterov: bool = False,
+) -> tuple[list[Tensor], State]:
+    """One step of SGD with the conventions of ``torch.optim.SGD``; arguments as for :func:`adam`.
+
+    There is momentum if ``hyper`` names ``momentum`` or ``dampening``, or with ``nesterov``; then the state is
+    ``momentum_buffer``. Without, ``hyper`` may name ``lr`` and ``weight_decay``, and the state is empty.
+    """
+    rule = "sgd_nesterov" if nesterov else "sgd_momentum" if {"momentum", "dampening"} & set(hyper) else "sgd"
+    return _update(rule, params, grads, state, hyper, step)
+
+
+def _update(
+    rule: str,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    state: Mapping[str, Sequence[Tensor]] | None,
+    hyper: Mapping[str, Tensor],
+    step: Tensor,
+) -> tuple[list[Tensor], State]:
+    slots, known = RULES[rule]["state"], RULES[rule]["hypers"]
+    params = list(params)
+    if state is None:
+        state = {name: [_zeros(p) for p in params] for name in slots}
+    if sorted(state) != sorted(slots):
+        raise ValueError(f"state must hold {', '.join(slots) or 'nothing'} for {rule}, not {', '.join(state) or 'nothing'}")
+    names = [h["name"] for h in known]
+    for name, value in {**hyper, "step": step}.items():
+        if name not in [*names, "step"]:
+            raise ValueError(f"hyper names {name!r}, but {rule} has {', '.join(names)}")
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor of one number, as torch.tensor({value!r}), not {value!r}")
+    values = [hyper[h["name"]] if h["name"] in hyper else step.new_tensor(h["initial"], dtype=torch.float64) for h in known]
+    op = getattr(torch.ops.hyperopt_ext, rule).default
+    outputs = op(params, list(grads), [t for name in slots for t in state[name]], values, step)
+    n = len(params)
+    return outputs[:n], {name: outputs[n * (k + 1) : n * (k + 2)] for k, name in enumerate(slots)}
+
+
+def _zeros(p: Tensor) -> Tensor:
+    dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+    return torch.zeros_like(p, dtype=dtype, requires_grad=False)

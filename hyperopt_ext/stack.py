@@ -1,0 +1,247 @@
+"""What a level of a tower is, and how levels are stacked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, MISSING, Field, dataclass, field, fields, replace
+from typing import Any
+
+from hyperopt_ext import _C
+
+RULES = {rule["name"]: rule for rule in _C.rules()}
+
+# The values that each coordinate can take, ends included.
+_RANGES = {
+    "linear": (-math.inf, math.inf),
+    "log": (0.0, math.inf),
+    "square": (0.0, math.inf),
+    "softplus": (0.0, math.inf),
+    "tanh": (0.0, 1.0),
+}
+assert list(_RANGES) == _C.spaces()
+
+# How close a learned coefficient may come to an open end of its range (a beta of exactly 1 has no bias correction).
+_OPEN_END = 2.0**-30
+
+
+def _known(level: str, argument: str, names: Sequence[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{level}: {argument} names {name!r}, but this level has {', '.join(known)}")
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    """One level of a tower: an update rule, the start values of its hyperparameters, and how the level above tunes them.
+
+    Args:
+        learn: names of the hyperparameters that the level above tunes, one name or several; ``None`` is all that
+            Chandra et al. (NeurIPS 2022) tune for the rule, ``()`` is none. The top level of a stack has nothing above
+            it: its hyperparameters stay fixed.
+        space: for each name, the coordinate x in which it is moved: ``"linear"`` (h = x), ``"log"`` (h = exp x),
+            ``"square"`` (h = x²), ``"softplus"`` (h = log(1 + exp x)) or ``"tanh"`` (h = (tanh x + 1) / 2, the paper's
+            choice for betas). Default: tanh for betas, log for eps, linear for all others.
+        bounds: for each name, ``(low, high)`` that a learned value is projected to. Default: its valid range, so that a
+            learning rate does not turn negative and a beta does not reach 1.
+        initial_state: for each state tensor of the rule, the number that it starts from. Default: 0.
+
+    Raises:
+        ValueError: a value out of its range or not finite, or an unknown name.
+        TypeError: a value that is not a number.
+    """
+
+    _: KW_ONLY
+    learn: str | Sequence[str] | None = None
+    space: Mapping[str, str] = field(default_factory=dict)
+    bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    initial_state: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def rule(self) -> str:
+        """The name of the C++ rule that makes this level's updates."""
+        raise TypeError("Level is the base of the levels: use hx.SGD, hx.Adam, ...")
+
+    def values(self) -> dict[str, float]:
+        """The start value of each hyperparameter of the rule, in the rule's order."""
+        return {h["name"]: getattr(self, h["name"]) for h in RULES[self.rule]["hypers"]}
+
+    def __post_init__(self) -> None:
+        if isinstance(self.learn, str):
+            object.__setattr__(self, "learn", (self.learn,))
+        for name in ("space", "bounds", "initial_state"):
+            object.__setattr__(self, name, dict(getattr(self, name) or {}))
+        if self.learn is not None:
+            object.__setattr__(self, "learn", tuple(self.learn))
+        hypers = RULES[self.rule]["hypers"]
+        known, me = [h["name"] for h in hypers], type(self).__name__
+        for argument, names in [("learn", self.learn or ()), ("space", self.space), ("bounds", self.bounds)]:
+            _known(me, argument, list(names), known)
+        _known(me, "initial_state", list(self.initial_state), RULES[self.rule]["state"] or ["no state"])
+        for h, value in zip(hypers, self.values().values(), strict=True):
+            self._check_value(me, h, value)
+
+    def _check_value(self, me: str, h: _C.HyperparameterInfo, value: object) -> None:
+        name, low, high = h["name"], h["low"], h["high"]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{me}: {name} must be a number, not {value!r}")
+        if not (low <= value < high and math.isfinite(value)):
+            raise ValueError(f"{me}: {name} must be in [{low:g}, {high:g}), not {value!r}")
+        space = self.space.get(name, h["space"])
+        if space not in _RANGES:
+            raise ValueError(f"{me}: space[{name!r}] is {space!r}, but the coordinates are {', '.join(_RANGES)}")
+        if name in self.learn_names and not _RANGES[space][0] <= value <= _RANGES[space][1]:
+            raise ValueError(f"{me}: {name} = {value!r} does not exist in the coordinate {space!r}; choose another space")
+        bounds = self.bounds.get(name, (low, high))
+        if not (isinstance(bounds, Sequence) and len(bounds) == 2 and bounds[0] <= bounds[1]):
+            raise ValueError(f"{me}: bounds[{name!r}] must be (low, high), not {bounds!r}")
+        if not bounds[0] <= value <= bounds[1]:
+            raise ValueError(f"{me}: {name} = {value!r} is outside bounds[{name!r}] = {tuple(bounds)!r}")
+
+    @property
+    def learn_names(self) -> tuple[str, ...]:
+        """The learned hyperparameters, in the rule's order."""
+        hypers = RULES[self.rule]["hypers"]
+        return tuple(h["name"] for h in hypers if (h["learned"] if self.learn is None else h["name"] in self.learn))
+
+    def learn_mask(self) -> int:
+        """The learned hyperparameters as bits, lowest first in the rule's order."""
+        learned = self.learn_names
+        return sum(1 << i for i, name in enumerate(self.values()) if name in learned)
+
+    def coordinates(self) -> list[str]:
+        """The coordinate of each hyperparameter of the rule."""
+        return [self.space.get(h["name"], h["space"]) for h in RULES[self.rule]["hypers"]]
+
+    def limits(self) -> list[tuple[float, float]]:
+        """The bounds of each hyperparameter of the rule."""
+        result = []
+        for h in RULES[self.rule]["hypers"]:
+            low, high = self.bounds.get(h["name"], (h["low"], h["high"]))
+            open_end = h["name"] not in self.bounds and math.isfinite(high)
+            result.append((float(low), high * (1 - _OPEN_END) if open_end else float(high)))
+        return result
+
+    def start(self) -> list[float]:
+        """The start value of each state tensor of the rule."""
+        return [float(self.initial_state.get(name, 0.0)) for name in RULES[self.rule]["state"]]
+
+    def replace(self, **changes: Any) -> Level:
+        """The same level with other arguments."""
+        return replace(self, **changes)
+
+    def structure(self) -> str:
+        """What two levels must have in common for one to go on from the other's state: all but the numbers."""
+        spaces = dict(zip(self.values(), self.coordinates(), strict=True))
+        return f"{self.rule}({', '.join(f'{name}: {spaces[name]}' for name in self.learn_names)})"
+
+    def __truediv__(self, above: Level | Stack) -> Stack:
+        return Stack((self,)) / above if isinstance(above, Level | Stack) else NotImplemented
+
+    def __rtruediv__(self, below: object) -> Stack:
+        raise TypeError(f"only levels can be stacked, not {below!r}; a level is written with its parentheses: hx.Adam()")
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+    def __str__(self) -> str:
+        return type(self).__name__
+
+    def __repr__(self) -> str:
+        def default(f: Field[Any]) -> Any:
+            return f.default if f.default_factory is MISSING else f.default_factory()
+
+        shown = [f.name for f in fields(self) if f.name == "lr" or getattr(self, f.name) != default(f)]
+        return f"{self}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
+
+
+@dataclass(frozen=True, repr=False)
+class Stack:
+    """A tower: ``levels[0]`` moves the parameters, and ``levels[k]`` the learned hyperparameters of ``levels[k - 1]``.
+
+    Written with a slash, as in the paper: ``hx.Adam(lr=1e-3) / hx.Adam(lr=1e-4) / hx.SGD(lr=1e-5)``.
+
+    Args:
+        levels: one :class:`Level` or more, lowest first.
+
+    Raises:
+        TypeError: something in ``levels`` is not a level.
+        ValueError: there is no level.
+    """
+
+    levels: tuple[Level, ...]
+
+    def __post_init__(self) -> None:
+        levels = self.levels
+        if isinstance(levels, Level | Stack):
+            raise TypeError("Stack: levels must be a sequence of levels; write a / b to stack two, or pass the level itself")
+        object.__setattr__(self, "levels", tuple(levels))
+        if not self.levels:
+            raise ValueError("Stack: levels is empty; a stack has at least the level that moves the parameters")
+        for level in self.levels:
+            if isinstance(level, Stack):
+                raise TypeError(f"Stack: levels holds a stack, {level}; write a / b to put one stack on top of another")
+            if not isinstance(level, Level):
+                raise TypeError(f"Stack: levels must hold levels such as hx.Adam(...), not {level!r}")
+
+    @classmethod
+    def of(cls, spec: Level, *, height: int) -> Stack:
+        """``height`` levels of the same spec: ``Stack.of(hx.Adam(lr=1e-3), height=3)`` is Adam/Adam/Adam.
+
+        Raises:
+            TypeError: ``spec`` is not a level, or ``height`` not an int.
+            ValueError: ``height`` is less than 1.
+        """
+        if not isinstance(spec, Level):
+            raise TypeError(f"Stack.of: spec must be a level such as hx.Adam(...), not {spec!r}")
+        if isinstance(height, bool) or not isinstance(height, int):
+            raise TypeError(f"Stack.of: height must be an int, not {height!r}")
+        if height < 1:
+            raise ValueError(f"Stack.of: height must be at least 1, not {height}")
+        return cls((spec,) * height)
+
+    @classmethod
+    def coerce(cls, stack: Level | Stack) -> Stack:
+        """A stack as it is, a level as a stack of one."""
+        if isinstance(stack, Level):
+            return cls((stack,))
+        if isinstance(stack, Stack):
+            return stack
+        raise TypeError(f"stack must be a level or a stack, as hx.Adam(lr=1e-3) / hx.SGD(lr=1e-5), not {stack!r}")
+
+    def structure(self) -> str:
+        """What two stacks must have in common for one to go on from the other's state."""
+        return " / ".join(level.structure() for level in self.levels)
+
+    def plan(self) -> list[int]:
+        """The stack as the tower operator reads it (csrc/tower.h)."""
+        spaces = _C.spaces()
+        plan = []
+        for k, level in enumerate(self.levels):
+            learn = 0 if k + 1 == len(self.levels) else level.learn_mask()
+            coordinates = sum(spaces.index(name) << (_C.SPACE_BITS * i) for i, name in enumerate(level.coordinates()))
+            plan += [RULES[level.rule]["id"], learn, coordinates]
+        return plan
+
+    def __truediv__(self, above: Level | Stack) -> Stack:
+        if not isinstance(above, Level | Stack):
+            return NotImplemented
+        return Stack(self.levels + Stack.coerce(above).levels)
+
+    def __len__(self) -> int:
+        return len(self.levels)
+
+    def __iter__(self) -> Iterator[Level]:
+        return iter(self.levels)
+
+    def __getitem__(self, k: int) -> Level:
+        return self.levels[k]
+
+    def __str__(self) -> str:
+        return "/".join(str(level) for level in self.levels)
+
+    def __repr__(self) -> str:
+        return " / ".join(repr(level) for level in self.levels)

@@ -10,14 +10,20 @@
 #include <type_traits>
 #include <utility>
 
+// HX_FN: a function that disappears into its caller, on the host and on a device; a loop that calls one is vectorised.
+// HX_LAMBDA: the same for a lambda, after its parameters.
 #if defined(__CUDACC__)
 #define HX_FN __host__ __device__ __forceinline__
+#define HX_LAMBDA
 #elif defined(__GNUC__)
 #define HX_FN inline __attribute__((always_inline))
+#define HX_LAMBDA __attribute__((always_inline))
 #elif defined(_MSC_VER)
 #define HX_FN __forceinline
+#define HX_LAMBDA
 #else
 #define HX_FN inline
+#define HX_LAMBDA
 #endif
 
 namespace hyperopt_ext {
@@ -100,7 +106,7 @@ template <class T, Mask A>
 HX_FN Dual<T, A> chain(T value, const Dual<T, A>& a, T slope) {
   Dual<T, A> result;
   result.value = value;
-  each_direction<A>([&](auto d) { result.template set_tangent<d>(slope * a.template tangent<d>()); });
+  each_direction<A>([&](auto d) HX_LAMBDA { result.template set_tangent<d>(slope * a.template tangent<d>()); });
   return result;
 }
 
@@ -109,7 +115,7 @@ template <class T, Mask A, Mask B>
 HX_FN Dual<T, A | B> chain(T value, const Dual<T, A>& a, T slope_a, const Dual<T, B>& b, T slope_b) {
   Dual<T, A | B> result;
   result.value = value;
-  each_direction<(A | B)>([&](auto d) {
+  each_direction<(A | B)>([&](auto d) HX_LAMBDA {
     constexpr bool in_a = (A & bit(d)) != 0, in_b = (B & bit(d)) != 0;
     if constexpr (in_a && in_b)
       result.template set_tangent<d>(slope_a * a.template tangent<d>() + slope_b * b.template tangent<d>());
@@ -189,7 +195,7 @@ template <class T, Mask A, Mask B>
 HX_FN Dual<T, A | B> where(bool condition, const Dual<T, A>& a, const Dual<T, B>& b) {
   Dual<T, A | B> result;
   result.value = condition ? a.value : b.value;
-  each_direction<(A | B)>([&](auto d) {
+  each_direction<(A | B)>([&](auto d) HX_LAMBDA {
     result.template set_tangent<d>(condition ? a.template tangent<d>() : b.template tangent<d>());
   });
   return result;
@@ -200,7 +206,7 @@ template <class To, class From, Mask A>
 HX_FN Dual<To, A> to(const Dual<From, A>& a) {
   Dual<To, A> result;
   result.value = To(a.value);
-  each_direction<A>([&](auto d) { result.template set_tangent<d>(To(a.template tangent<d>())); });
+  each_direction<A>([&](auto d) HX_LAMBDA { result.template set_tangent<d>(To(a.template tangent<d>())); });
   return result;
 }
 

@@ -72,7 +72,7 @@ HX_FN std::tuple<D...> pack(const D&... values) {
 
 // The prepared values of a step in the arithmetic type of the elements.
 template <class T, class... D>
-HX_FN auto to(const std::tuple<D...>& values) {
+auto to(const std::tuple<D...>& values) {
   return std::apply([](const auto&... value) { return pack(to<T>(value)...); }, values);
 }
 template <class R, class T, Mask S>

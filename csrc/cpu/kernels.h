@@ -79,13 +79,21 @@ struct Elements {
 };
 
 // The rule's functions over a packed state.
-template <class R, class P, class E, class State>
-HX_FN auto advance(const P& p, const E& e, const State& state) {
-  return std::apply([&](const auto&... s) { return R::advance(p, e, s...); }, state);
+template <class R, class P, class E, class... S, std::size_t... I>
+HX_FN auto advance(const P& p, const E& e, const std::tuple<S...>& state, std::index_sequence<I...>) {
+  return R::advance(p, e, std::get<I>(state)...);
 }
-template <class R, class P, class E, class W, class State>
-HX_FN auto change(const P& p, const E& e, const W& w, const State& state) {
-  return std::apply([&](const auto&... s) { return R::change(p, e, w, s...); }, state);
+template <class R, class P, class E, class... S>
+HX_FN auto advance(const P& p, const E& e, const std::tuple<S...>& state) {
+  return advance<R>(p, e, state, std::index_sequence_for<S...>{});
+}
+template <class R, class P, class E, class W, class... S, std::size_t... I>
+HX_FN auto change(const P& p, const E& e, const W& w, const std::tuple<S...>& state, std::index_sequence<I...>) {
+  return R::change(p, e, w, std::get<I>(state)...);
+}
+template <class R, class P, class E, class W, class... S>
+HX_FN auto change(const P& p, const E& e, const W& w, const std::tuple<S...>& state) {
+  return change<R>(p, e, w, state, std::index_sequence_for<S...>{});
 }
 
 template <class R, class T, Mask S>
@@ -102,7 +110,7 @@ HX_CLONES void update(const Slice& slice, const void* prepared, const void* last
   using P = Prepared<R, Arithmetic<T>, 0>;
   const Elements<R, T> x(slice);
   const P p = *static_cast<const P*>(prepared);
-  const auto step = [&](std::int64_t i, const auto& before) __attribute__((always_inline)) {
+  const auto step = [&](std::int64_t i, const auto& before) HX_LAMBDA {
     const auto w = x.param(i);
     const auto e = x.grad(i) + R::penalty(p, w);
     const auto after = advance<R>(p, e, before);
@@ -163,7 +171,7 @@ HX_FN auto last_inputs(const P& p, const X& x, std::int64_t i, const State& stor
       return pack(constant(A(0)), x.last_grad(i));
   } else {
     const auto e = x.last_grad(i);
-    const auto w = [&] {
+    const auto w = [&]() HX_LAMBDA {
       if constexpr ((kept & kParam) != 0)
         return x.last_param(i);
       else  // change() does not read w, or kParam would be set
@@ -195,7 +203,7 @@ HX_CLONES void hypergradient(const Slice& slice, const void* prepared, double* s
       const auto [w, e] = last_inputs<R, S, Given, before>(p, x, i, stored);
       const auto delta = change<R>(p, e, w, state_after<R, before>(p, e, stored));
       const A upstream = x.grad(i).value;
-      each_direction<S>([&](auto d) { sum[position(S, d)] += upstream * delta.template tangent<d>(); });
+      each_direction<S>([&](auto d) HX_LAMBDA { sum[position(S, d)] += upstream * delta.template tangent<d>(); });
     }
     for (int k = 0; k < count(S); ++k) sums[k] += double(sum[k]);
   }
@@ -217,7 +225,7 @@ void level(const double* hyper, double step, int n, double* x, const double* gra
     const auto delta = change<R>(p, e, w, after);
     s.set_state(j, after);
     x[j] += delta.value;
-    each_direction<all>([&](auto d) { tangents[j * hypers + d] = delta.template tangent<d>(); });
+    each_direction<all>([&](auto d) HX_LAMBDA { tangents[j * hypers + d] = delta.template tangent<d>(); });
   }
 }
 

@@ -16,7 +16,7 @@ namespace hyperopt_ext {
 namespace {
 
 // Elements of a chunk. The chunks, and so the order of the sums, do not depend on the number of threads.
-constexpr std::int64_t kChunk = 8192;
+constexpr std::int64_t kChunk = 16384;
 // Elements for which a second thread is worth its start.
 constexpr std::int64_t kGrain = 32768;
 

@@ -55,7 +55,11 @@ def extension():
     cuda = sorted(ROOT.glob("csrc/cuda/*.cu"))
     if not (WITH_CUDA and cuda):
         return cpp_extension.CppExtension(
-            "hyperopt_ext._C", sources, include_dirs=[str(ROOT / "csrc")], extra_compile_args=FLAGS, extra_link_args=["-fopenmp"]
+            "hyperopt_ext._C",
+            sources,
+            include_dirs=[str(ROOT / "csrc")],
+            extra_compile_args=FLAGS,
+            extra_link_args=["-fopenmp"],
         )
     sources += [*map(relative, cuda), *rule_sources("cuda/register.cuh", "_cuda.cu")]
     return cpp_extension.CUDAExtension(

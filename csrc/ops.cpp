@@ -39,6 +39,14 @@ void impl(const std::string& name, c10::DispatchKey key, F&& kernel) {
   library().impl(name.c_str(), torch::dispatch(key, torch::CppFunction(std::forward<F>(kernel))));
 }
 
+// A kernel for lists of CPU tensors. One sparse tensor among them makes the dispatcher look for a sparse kernel: the same
+// one, which says what is wrong.
+template <class F>
+void impl_cpu(const std::string& name, const F& kernel) {
+  for (c10::DispatchKey key : {c10::DispatchKey::CPU, c10::DispatchKey::SparseCPU, c10::DispatchKey::SparseCsrCPU})
+    impl(name, key, F(kernel));
+}
+
 template <class Signature>
 c10::TypedOperatorHandle<Signature> op(const std::string& name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(("hyperopt_ext::" + name).c_str(), "").typed<Signature>();
@@ -153,7 +161,7 @@ void define_ops(const Rule& rule) {
   const Rule* const r = &rule;
   using c10::DispatchKey;
 
-  impl(name + "_hypergradient", DispatchKey::CPU,
+  impl_cpu(name + "_hypergradient",
        [r](TensorList params, TensorList grads, TensorList state, TensorList record, TensorList steps, TensorList ticks,
            const Tensor& tower, std::int64_t learn, double scale) {
          return hypergradient_cpu(*r, {params, grads, state, record, steps, ticks, tower}, Mask(learn), scale);
@@ -164,7 +172,7 @@ void define_ops(const Rule& rule) {
   library().impl((name + "_hypergradient").c_str(),
                  torch::dispatch(DispatchKey::Autograd, torch::autograd::autogradNotImplementedFallback()));
 
-  impl(name + "_step_", DispatchKey::CPU,
+  impl_cpu(name + "_step_",
        [r](TensorList params, TensorList grads, TensorList state, TensorList record, TensorList steps, TensorList ticks,
            const Tensor& tower, std::int64_t learn, double scale) {
          step_cpu(*r, {params, grads, state, record, steps, ticks, tower}, Mask(learn), scale);
@@ -197,7 +205,7 @@ void define_ops(const Rule& rule) {
   impl(name + "_settle_", DispatchKey::Meta,
        [](TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor&, std::int64_t) {});
 
-  impl(name, DispatchKey::CPU,
+  impl_cpu(name,
        [r](TensorList params, TensorList grads, TensorList state, TensorList hyper, const Tensor& step) {
          check_inputs(*r, params, grads, state, hyper, step);
          std::vector<Tensor> outputs;
@@ -220,7 +228,7 @@ void define_ops(const Rule& rule) {
          return UpdateFunction::apply(params, grads, state, hyper, step, name);
        });
 
-  impl(name + "_backward", DispatchKey::CPU,
+  impl_cpu(name + "_backward",
        [r](TensorList grad_params, TensorList params, TensorList grads, TensorList state, TensorList hyper,
            const Tensor& step) {
          check_inputs(*r, params, grads, state, hyper, step);

@@ -1,7 +1,7 @@
 """Hyperoptimizer towers for PyTorch at the speed of fused kernels.
 
-    import hyperopt_ext as hx
-    opt = hx.HyperOptimizer(model.parameters(), hx.Adam(lr=1e-3) / hx.SGD(lr=1e-5))
+import hyperopt_ext as hx
+opt = hx.HyperOptimizer(model.parameters(), hx.Adam(lr=1e-3) / hx.SGD(lr=1e-5))
 """
 
 import torch  # the extension module needs its libraries

@@ -83,14 +83,18 @@ def _update(
     if state is None:
         state = {name: [_zeros(p) for p in params] for name in slots}
     if sorted(state) != sorted(slots):
-        raise ValueError(f"state must hold {', '.join(slots) or 'nothing'} for {rule}, not {', '.join(state) or 'nothing'}")
+        raise ValueError(
+            f"state must hold {', '.join(slots) or 'nothing'} for {rule}, not {', '.join(state) or 'nothing'}"
+        )
     names = [h["name"] for h in known]
     for name, value in {**hyper, "step": step}.items():
         if name not in [*names, "step"]:
             raise ValueError(f"hyper names {name!r}, but {rule} has {', '.join(names)}")
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor of one number, as torch.tensor({value!r}), not {value!r}")
-    values = [hyper[h["name"]] if h["name"] in hyper else step.new_tensor(h["initial"], dtype=torch.float64) for h in known]
+    values = [
+        hyper[h["name"]] if h["name"] in hyper else step.new_tensor(h["initial"], dtype=torch.float64) for h in known
+    ]
     op = getattr(torch.ops.hyperopt_ext, rule).default
     outputs = op(params, list(grads), [t for name in slots for t in state[name]], values, step)
     n = len(params)

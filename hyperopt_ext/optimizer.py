@@ -219,7 +219,9 @@ class HyperOptimizer(Optimizer):
         changes = {name: group.pop(name) for name in arguments if name in group}
         for name in stack[0].values():
             if name in group:
-                raise ValueError(f"param group: {name} is set through the arguments of {stack[0]}: {', '.join(arguments)}")
+                raise ValueError(
+                    f"param group: {name} is set through the arguments of {stack[0]}: {', '.join(arguments)}"
+                )
         return Stack((stack[0].replace(**changes), *stack.levels[1:])) if changes else stack
 
     @staticmethod
@@ -324,7 +326,9 @@ class HyperOptimizer(Optimizer):
                     f"{len(group['params'])}"
                 )
             if saved["tower"].shape != group["tower"].shape:
-                raise ValueError(f"state_dict: the tower of param group {i} has the shape {tuple(saved['tower'].shape)}")
+                raise ValueError(
+                    f"state_dict: the tower of param group {i} has the shape {tuple(saved['tower'].shape)}"
+                )
             names = ["step", "tick", *self._groups[i].states, *self._groups[i].records]
             for j, (key, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
                 state = state_dict["state"].get(key)

@@ -91,7 +91,9 @@ class Level:
         if space not in _RANGES:
             raise ValueError(f"{me}: space[{name!r}] is {space!r}, but the coordinates are {', '.join(_RANGES)}")
         if name in self.learn_names and not _RANGES[space][0] <= value <= _RANGES[space][1]:
-            raise ValueError(f"{me}: {name} = {value!r} does not exist in the coordinate {space!r}; choose another space")
+            raise ValueError(
+                f"{me}: {name} = {value!r} does not exist in the coordinate {space!r}; choose another space"
+            )
         bounds = self.bounds.get(name, (low, high))
         if not (isinstance(bounds, Sequence) and len(bounds) == 2 and bounds[0] <= bounds[1]):
             raise ValueError(f"{me}: bounds[{name!r}] must be (low, high), not {bounds!r}")
@@ -139,7 +141,9 @@ class Level:
         return Stack((self,)) / above if isinstance(above, Level | Stack) else NotImplemented
 
     def __rtruediv__(self, below: object) -> Stack:
-        raise TypeError(f"only levels can be stacked, not {below!r}; a level is written with its parentheses: hx.Adam()")
+        raise TypeError(
+            f"only levels can be stacked, not {below!r}; a level is written with its parentheses: hx.Adam()"
+        )
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
@@ -177,7 +181,9 @@ class Stack:
     def __post_init__(self) -> None:
         levels = self.levels
         if isinstance(levels, Level | Stack):
-            raise TypeError("Stack: levels must be a sequence of levels; write a / b to stack two, or pass the level itself")
+            raise TypeError(
+                "Stack: levels must be a sequence of levels; write a / b to stack two, or pass the level itself"
+            )
         object.__setattr__(self, "levels", tuple(levels))
         if not self.levels:
             raise ValueError("Stack: levels is empty; a stack has at least the level that moves the parameters")

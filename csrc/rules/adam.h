@@ -22,25 +22,25 @@ struct Adam {
   HX_FN static auto prepare(const H& h, double step) {
     const auto bias1 = 1.0 - pow(get<beta1>(h), step);
     const auto bias2 = 1.0 - pow(get<beta2>(h), step);
-    return pack(get<lr>(h) / bias1, 1.0 - get<beta1>(h), 1.0 - get<beta2>(h), 1.0 / sqrt(bias2), get<eps>(h),
-                get<weight_decay>(h));
+    return pack(get<lr>(h) / bias1, get<beta1>(h), 1.0 - get<beta1>(h), get<beta2>(h), 1.0 - get<beta2>(h),
+                1.0 / sqrt(bias2), get<eps>(h), get<weight_decay>(h));
   }
 
   template <class P, class W>
   HX_FN static auto penalty(const P& p, const W& w) {
-    const auto& [step_size, take1, take2, inverse_root, eps, weight_decay] = p;
+    const auto& [step_size, keep1, take1, keep2, take2, inverse_root, eps, weight_decay] = p;
     return weight_decay * w;
   }
 
   template <class P, class E, class M, class V>
   HX_FN static auto advance(const P& p, const E& e, const M& m, const V& v) {
-    const auto& [step_size, take1, take2, inverse_root, eps, weight_decay] = p;
-    return pack(m + take1 * (e - m), v + take2 * (e * e - v));
+    const auto& [step_size, keep1, take1, keep2, take2, inverse_root, eps, weight_decay] = p;
+    return pack(keep1 * m + take1 * e, keep2 * v + take2 * e * e);
   }
 
   template <class P, class E, class W, class M, class V>
   HX_FN static auto change(const P& p, const E&, const W&, const M& m, const V& v) {
-    const auto& [step_size, take1, take2, inverse_root, eps, weight_decay] = p;
+    const auto& [step_size, keep1, take1, keep2, take2, inverse_root, eps, weight_decay] = p;
     return -(step_size * m) / (sqrt(v) * inverse_root + eps);
   }
 };

@@ -41,5 +41,10 @@ def AdamBaydin(  # noqa: N802
 def _adam(alpha: float, beta1: float, beta2: float, log_eps: float, learn: tuple[str, ...]) -> levels.Adam:
     eps = 10.0**log_eps
     return levels.Adam(
-        lr=alpha, betas=(beta1, beta2), eps=eps, learn=learn, bounds={"lr": _UNBOUNDED}, initial_state={"exp_avg_sq": eps}
+        lr=alpha,
+        betas=(beta1, beta2),
+        eps=eps,
+        learn=learn,
+        bounds={"lr": _UNBOUNDED},
+        initial_state={"exp_avg_sq": eps},
     )

@@ -1,0 +1,245 @@
+"""Wrong input: one clear error that names the argument, before anything is changed."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from problems import Regression
+
+import hyperopt_ext as hx
+
+P = torch.nn.Parameter
+NAN = float("nan")
+
+
+def param(*shape, **kw):
+    return P(torch.zeros(shape or (2,), **kw), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: hx.SGD(lr=-1.0), ValueError, "SGD: lr must be in .0, inf"),
+        (lambda: hx.Adam(lr=NAN), ValueError, "Adam: lr"),
+        (lambda: hx.Adam(lr=float("inf")), ValueError, "Adam: lr"),
+        (lambda: hx.Adam(lr="fast"), TypeError, "Adam: lr must be a number"),
+        (lambda: hx.Adam(lr=torch.tensor(0.1)), TypeError, "Adam: lr must be a number"),
+        (lambda: hx.Adam(lr=True), TypeError, "Adam: lr must be a number"),
+        (lambda: hx.Adam(eps=-1e-8), ValueError, "Adam: eps"),
+        (lambda: hx.Adam(eps=NAN), ValueError, "Adam: eps"),
+        (lambda: hx.Adam(betas=(1.0, 0.9)), ValueError, "Adam: beta1 must be in .0, 1"),
+        (lambda: hx.Adam(betas=(0.9, -0.1)), ValueError, "Adam: beta2"),
+        (lambda: hx.Adam(betas=(0.9,)), TypeError, "betas must be two numbers"),
+        (lambda: hx.Adam(betas=0.9), TypeError, "betas must be two numbers"),
+        (lambda: hx.Adam(weight_decay=-1), ValueError, "weight_decay"),
+        (lambda: hx.SGD(momentum=1.0), ValueError, "SGD: momentum"),
+        (lambda: hx.SGD(momentum=-0.1), ValueError, "SGD: momentum"),
+        (lambda: hx.SGD(nesterov=True), ValueError, "nesterov needs momentum"),
+        (lambda: hx.SGD(nesterov=True, momentum=0.9, dampening=0.1), ValueError, "nesterov needs momentum"),
+        (lambda: hx.Adam(learn="momentum"), ValueError, "learn names 'momentum', but this level has lr, beta1"),
+        (lambda: hx.Adam(space={"beta3": "log"}), ValueError, "space names 'beta3'"),
+        (lambda: hx.Adam(space={"lr": "cubic"}), ValueError, "linear, log, square, softplus, tanh"),
+        (lambda: hx.SGD(lr=2.0, space={"lr": "tanh"}), ValueError, "coordinate 'tanh'"),
+        (lambda: hx.Adam(bounds={"betas": (0, 1)}), ValueError, "bounds names 'betas'"),
+        (lambda: hx.Adam(bounds={"lr": (1.0, 0.1)}), ValueError, "bounds.'lr'. must be"),
+        (lambda: hx.Adam(bounds={"lr": 3.0}), ValueError, "bounds.'lr'. must be"),
+        (lambda: hx.Adam(lr=1e-3, bounds={"lr": (0.1, 1.0)}), ValueError, "outside bounds"),
+        (lambda: hx.Adam(initial_state={"momentum_buffer": 1.0}), ValueError, "initial_state names"),
+        (lambda: hx.Level(), TypeError, "hx.SGD, hx.Adam"),
+        (lambda: hx.Stack(()), ValueError, "levels is empty"),
+        (lambda: hx.Stack(hx.Adam()), TypeError, "sequence of levels"),
+        (lambda: hx.Stack((hx.Adam() / hx.SGD(), hx.SGD())), TypeError, "levels holds a stack"),
+        (lambda: hx.Stack((hx.Adam(), 0.1)), TypeError, "must hold levels"),
+        (lambda: hx.Stack.of(hx.Adam() / hx.SGD(), height=2), TypeError, "spec must be a level"),
+        (lambda: hx.Stack.of(hx.Adam(), height=0), ValueError, "height must be at least 1"),
+        (lambda: hx.Stack.of(hx.Adam(), height=2.0), TypeError, "height must be an int"),
+        (lambda: hx.Adam() / 0.1, TypeError, "unsupported operand"),
+        (lambda: hx.Adam / hx.SGD(), TypeError, "parentheses"),
+        (lambda: hx.HyperOptimizer([param()], 1e-3), TypeError, "stack must be a level or a stack"),
+        (lambda: hx.HyperOptimizer([param()], hx.Adam), TypeError, "stack must be a level or a stack"),
+        (lambda: hx.HyperOptimizer([], hx.Adam()), ValueError, "empty parameter list"),
+        (lambda: hx.HyperOptimizer([param(dtype=torch.int64)], hx.Adam()), TypeError, r"params\[0\] is torch.int64"),
+        (lambda: hx.HyperOptimizer([param(dtype=torch.complex64)], hx.Adam()), TypeError, "complex64"),
+        (lambda: hx.HyperOptimizer([("w", param(dtype=torch.bool))], hx.Adam()), TypeError, "params: w is torch.bool"),
+        (lambda: hx.HyperOptimizer([P(torch.eye(2).to_sparse())], hx.Adam()), TypeError, "only dense"),
+        (lambda: hx.HyperOptimizer([[1.0]], hx.Adam()), TypeError, "can only optimize Tensors"),
+        (
+            lambda: hx.HyperOptimizer([param() + 1, torch.ones(1, requires_grad=True) * 2], hx.Adam()),
+            ValueError,
+            "non-leaf",
+        ),
+        (lambda: hx.HyperOptimizer([param(), param(device="meta")], hx.Adam()), ValueError, "one param group a device"),
+        (lambda: hx.HyperOptimizer([{"params": [param()], "lr": -1.0}], hx.Adam()), ValueError, "Adam: lr"),
+        (
+            lambda: hx.HyperOptimizer([{"params": [param()], "beta1": 0.5}], hx.Adam()),
+            ValueError,
+            "beta1 is set through",
+        ),
+        (lambda: hx.HyperOptimizer([{"params": [param()], "stack": 3}], hx.Adam()), TypeError, "stack must be"),
+        (
+            lambda: hx.functional.adam([param()], [param()], None, {"lr": 0.1}, torch.tensor(1)),
+            TypeError,
+            "lr must be a tensor",
+        ),
+        (lambda: hx.functional.adam([param()], [param()], None, {}, 1), TypeError, "step must be a tensor"),
+        (
+            lambda: hx.functional.adam([param()], [param()], None, {"momentum": torch.tensor(0.1)}, torch.tensor(1)),
+            ValueError,
+            "hyper names 'momentum'",
+        ),
+        (
+            lambda: hx.functional.adam([param()], [param()], {"momentum_buffer": []}, {}, torch.tensor(1)),
+            ValueError,
+            "state must hold exp_avg, exp_avg_sq",
+        ),
+        (lambda: hx.functional.sgd([param()], [], None, {}, torch.tensor(1)), ValueError, "grads must hold one tensor"),
+        (lambda: hx.functional.sgd([param(2)], [param(3)], None, {}, torch.tensor(1)), ValueError, "shape"),
+        (
+            lambda: hx.functional.sgd(
+                [param(dtype=torch.int32)], [param(dtype=torch.int32)], None, {}, torch.tensor(1)
+            ),
+            TypeError,
+            "float32",
+        ),
+    ],
+)
+def test_clear_errors(make, error, words):
+    with pytest.raises(error, match=words) as raised:
+        make()
+    assert "\n" not in str(raised.value).strip()
+
+
+def test_a_parameter_twice():
+    p = param()
+    with pytest.raises(ValueError, match=r"params\[1\] is the same parameter as params\[0\]"):
+        hx.HyperOptimizer([p, p], hx.Adam())
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        hx.HyperOptimizer([{"params": [p]}, {"params": [p]}], hx.Adam())
+
+
+def snapshot(problem, opt):
+    return copy.deepcopy((problem.model.state_dict(), opt.state_dict()))
+
+
+def assert_unchanged(before, problem, opt):
+    model, state_dict = snapshot(problem, opt)
+    torch.testing.assert_close(model, before[0], rtol=0, atol=0)
+    torch.testing.assert_close(state_dict["state"], before[1]["state"], rtol=0, atol=0)
+    for a, b in zip(state_dict["param_groups"], before[1]["param_groups"], strict=True):
+        assert a.keys() == b.keys()
+        assert torch.equal(a["tower"], b["tower"])
+        assert a["stack"] == b["stack"]
+
+
+BAD_GRADIENTS = {
+    "sparse": (lambda p: torch.ones_like(p).to_sparse(), r"grads\[\d\] is Sparse"),
+    "other dtype": (lambda p: torch.ones_like(p, dtype=torch.float32), r"grads\[\d\] must be"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_GRADIENTS)
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("stack", [hx.Adam() / hx.SGD(), hx.Adam(learn="lr") / hx.Adam(), hx.SGD()], ids=str)
+def test_bad_gradients_change_nothing(bad, steps, stack):
+    problem = Regression(5)
+    make, words = BAD_GRADIENTS[bad]
+    opt = hx.HyperOptimizer(
+        [{"params": problem.model[0].parameters()}, {"params": problem.model[2].parameters()}], stack
+    )
+    problem.train(opt, range(steps))
+    opt.zero_grad()
+    problem.loss(4).backward()
+    p = problem.model[2].bias  # the last one of all
+    grad = make(p)
+    if bad == "other dtype":
+        p.grad_dtype = None  # torch lets the two differ then
+    p.grad = grad
+    before = snapshot(problem, opt)
+    with pytest.raises((ValueError, TypeError), match=words):
+        opt.step()
+    assert_unchanged(before, problem, opt)
+
+
+def another_dict(change):
+    def make(opt):
+        state_dict = copy.deepcopy(opt.state_dict())
+        change(state_dict)
+        return state_dict
+
+    return make
+
+
+BAD_STATE_DICTS = {
+    "another stack": (lambda opt: hx.HyperOptimizer(other(), hx.SGD()).state_dict(), "is of the stack 'sgd"),
+    "another height": (lambda opt: hx.HyperOptimizer(other(), hx.Adam()).state_dict(), "stack 'adam"),
+    "another space": (
+        lambda opt: hx.HyperOptimizer(other(), hx.Adam(space={"lr": "log"}) / hx.SGD()).state_dict(),
+        "lr: log",
+    ),
+    "other groups": (another_dict(lambda d: d["param_groups"].append(d["param_groups"][0])), "2 param groups"),
+    "fewer parameters": (another_dict(lambda d: d["param_groups"][0]["params"].pop()), "3 parameters"),
+    "another shape": (
+        another_dict(lambda d: d["state"][1].update(exp_avg=torch.zeros(3))),
+        r"exp_avg of parameter 1 of group 0 has the shape \(3,\), but the parameter needs \(5,\)",
+    ),
+    "a missing state": (another_dict(lambda d: d["state"][1].pop("last_grad")), "state of parameter 1"),
+    "a torch.optim state": (lambda opt: torch.optim.Adam(other()).state_dict(), "stack None"),
+}
+
+
+def other():
+    return list(Regression(1).model.parameters())
+
+
+@pytest.mark.parametrize("bad", BAD_STATE_DICTS)
+def test_a_state_dict_that_does_not_fit_changes_nothing(bad):
+    problem = Regression(5)
+    opt = hx.HyperOptimizer(problem.model.parameters(), hx.Adam() / hx.SGD())
+    problem.train(opt, range(3))
+    make, words = BAD_STATE_DICTS[bad]
+    state_dict = make(opt)
+    before = snapshot(problem, opt)
+    with pytest.raises(ValueError, match=words):
+        opt.load_state_dict(state_dict)
+    assert_unchanged(before, problem, opt)
+    problem.train(opt, range(3, 5))
+
+
+def test_operators_check_their_lists():
+    p = param(4)
+    opt = hx.HyperOptimizer([p], hx.Adam())
+    tower = opt.param_groups[0]["tower"]
+    one = torch.zeros((), dtype=torch.int64)
+    op = torch.ops.hyperopt_ext.adam_step_
+    for lists, words in [
+        (([p], [], [p, p], [], [one], [one]), "grads must hold 1"),
+        (([p], [p], [p], [], [one], [one]), "state must hold 2"),
+        (([p], [p], [p, param(5)], [], [one], [one]), r"state\[1\] must have the shape"),
+        (([p], [p], [p, p], [p], [one], [one]), "record must hold 0"),
+        (([p], [p], [p, p], [], [p], [one]), r"steps\[0\] must be one int64"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            op(*lists, tower, 0, 1.0)
+    with pytest.raises(ValueError, match="tower must be"):
+        op([p], [p], [p, p], [], [one], [one], tower.float(), 0, 1.0)
+    assert torch.equal(p, torch.zeros(4))
+
+
+def test_building_without_torch_says_what_to_type(tmp_path):
+    """`pip install .` in an isolated build environment has no torch."""
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    (tmp_path / "setup.py").symlink_to(__import__("pathlib").Path(__file__).parents[1] / "setup.py")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode != 0
+    assert "pip install --no-build-isolation ." in done.stderr
+    assert "Traceback" not in done.stderr

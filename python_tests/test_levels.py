@@ -1,0 +1,74 @@
+"""Levels, stacks and the notation."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+from cases import CASES
+
+import hyperopt_ext as hx
+from hyperopt_ext.compat import gdtuo
+from hyperopt_ext.stack import RULES
+
+
+def test_notation():
+    stack = hx.Adam(lr=1e-3) / hx.Adam(lr=1e-4) / hx.SGD(lr=1e-5)
+    assert str(stack) == "Adam/Adam/SGD"
+    assert [level.lr for level in stack] == [1e-3, 1e-4, 1e-5]
+    assert stack == hx.Stack([hx.Adam(lr=1e-3), hx.Adam(lr=1e-4), hx.SGD(lr=1e-5)])
+    assert stack == hx.Adam(lr=1e-3) / (hx.Adam(lr=1e-4) / hx.SGD(lr=1e-5))
+    assert len(stack) == 3
+    assert stack[2] == hx.SGD(lr=1e-5)
+    assert str(hx.Stack.of(hx.Adam(), height=3)) == "Adam/Adam/Adam"
+    assert eval(repr(stack), vars(hx)) == stack
+
+
+@pytest.mark.parametrize(
+    "level",
+    [hx.SGD(), hx.Adam(lr=0.1, learn="lr"), hx.SGD(momentum=0.9, space={"lr": "log"}, bounds={"lr": (1e-8, 1.0)})],
+)
+def test_levels_are_values(level):
+    assert eval(repr(level), vars(hx)) == level
+    assert copy.deepcopy(level) == level == pickle.loads(pickle.dumps(level))
+    assert hash(copy.deepcopy(level)) == hash(level)
+    assert level != level.replace(lr=0.123)
+    with pytest.raises(AttributeError):
+        level.lr = 1.0
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_defaults_are_those_of_the_rule_and_of_torch(case):
+    """The C++ rule, the Python spec and torch.optim cannot drift apart."""
+    cls = type(case.make(**case.options[0]))
+    published = inspect.signature(getattr(torch.optim, cls.__name__)).parameters
+    ours = inspect.signature(cls).parameters
+    spec = cls()
+    positional = [name for name, p in ours.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    torch_order = [name for name in list(published)[1:] if name in positional]
+    assert positional == torch_order
+    for name in positional:
+        assert ours[name].default == published[name].default
+    for h in RULES[case.rule]["hypers"]:
+        assert h["initial"] == getattr(spec, h["name"])
+
+
+def test_what_is_learned_by_default():
+    assert hx.Adam().learn_names == ("lr", "beta1", "beta2")
+    assert hx.SGD().learn_names == ("lr",)
+    assert hx.SGD(momentum=0.9).learn_names == ("lr", "momentum")
+    assert hx.SGD(learn=("momentum", "lr")).rule == "sgd_momentum"
+    assert hx.SGD(momentum=0.9).replace(momentum=0.0).learn_names == ("lr",)
+
+
+def test_gdtuo_defaults_are_those_of_the_package():
+    from gradient_descent_the_ultimate_optimizer import gdtuo as package
+
+    for name in ("SGD", "Adam", "AdamBaydin"):
+        theirs = {
+            k: p.default for k, p in inspect.signature(getattr(package, name)).parameters.items() if k != "optimizer"
+        }
+        assert {k: p.default for k, p in inspect.signature(getattr(gdtuo, name)).parameters.items()} == theirs

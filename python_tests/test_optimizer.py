@@ -1,0 +1,352 @@
+"""HyperOptimizer as the torch.optim.Optimizer that a training loop takes it for."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from problems import Regression
+
+import hyperopt_ext as hx
+
+STACK = hx.Adam(lr=1e-2) / hx.SGD(lr=1e-4, momentum=0.5) / hx.SGD(lr=1e-6)
+LR_ONLY = hx.Adam(lr=1e-2, learn="lr") / hx.SGD(lr=1e-4)
+SGD = hx.SGD(lr=1e-2, momentum=0.9) / hx.Adam(lr=1e-4)
+every_stack = pytest.mark.parametrize(
+    "stack", [STACK, LR_ONLY, SGD, hx.Adam(lr=1e-2)], ids=["adam", "lr", "sgd", "plain"]
+)
+
+
+def values(opt, group=0):
+    return [{k: v.item() for k, v in level.items()} for level in opt.hyperparameters(group)]
+
+
+def same(problem, other):
+    return all(torch.equal(p, q) for p, q in zip(problem.model.parameters(), other.model.parameters(), strict=True))
+
+
+def test_it_learns():
+    problem = Regression(300)
+    opt = hx.HyperOptimizer(problem.model.parameters(), hx.Adam(lr=1e-5) / hx.SGD(lr=1e-4))
+    problem.train(opt, range(300))
+    fixed = Regression(300)
+    fixed.train(torch.optim.Adam(fixed.model.parameters(), lr=1e-5), range(300))
+    assert opt.hyperparameters()[0]["lr"] > 1e-3
+    assert problem.loss(0) < 0.5 * fixed.loss(0)
+
+
+def test_parameters_stay_leaves_and_gradients_stay_as_they_were():
+    problem = Regression(2)
+    opt = hx.HyperOptimizer(problem.model.parameters(), STACK)
+    for i in range(2):
+        opt.zero_grad()
+        problem.loss(i).backward()
+        grads = [p.grad.clone() for p in problem.model.parameters()]
+        opt.step()
+        for p, g in zip(problem.model.parameters(), grads, strict=True):
+            assert isinstance(p, torch.nn.Parameter)
+            assert p.is_leaf
+            assert p.grad_fn is None
+            assert torch.equal(p.grad, g)
+
+
+@every_stack
+def test_reused_gradient_buffers_do_not_corrupt_the_hypergradient(stack):
+    a, b = Regression(20), Regression(20)
+    opt = hx.HyperOptimizer(a.model.parameters(), stack)
+    reuse = hx.HyperOptimizer(b.model.parameters(), stack)
+    a.train(opt, range(20))
+    for i in range(20):
+        reuse.zero_grad(set_to_none=False)
+        b.loss(i).backward()
+        reuse.step()
+        for p in b.model.parameters():
+            p.grad.fill_(float("nan"))  # the caller's own use of the buffer
+            p.grad.zero_()
+    assert same(a, b)
+    assert values(opt) == values(reuse)
+
+
+def test_closure():
+    a, b = Regression(10), Regression(10)
+    opt, closed = (hx.HyperOptimizer(p.model.parameters(), STACK) for p in (a, b))
+    for i in range(10):
+
+        def closure(i=i):
+            closed.zero_grad()
+            loss = b.loss(i)
+            loss.backward()
+            return loss
+
+        expected = a.loss(i)
+        a.train(opt, range(i, i + 1))
+        assert closed.step(closure) == expected
+    assert same(a, b)
+
+
+def test_hooks():
+    problem = Regression(3)
+    opt = hx.HyperOptimizer(problem.model.parameters(), STACK)
+    seen = []
+    opt.register_step_pre_hook(lambda *_: seen.append("before"))
+    opt.register_step_post_hook(lambda *_: seen.append("after"))
+    opt.register_state_dict_post_hook(lambda _, state_dict: {**state_dict, "extra": 1})
+    opt.register_load_state_dict_pre_hook(lambda _, state_dict: {k: v for k, v in state_dict.items() if k != "extra"})
+    problem.train(opt, range(1))
+    assert seen == ["before", "after"]
+    state_dict = opt.state_dict()
+    assert state_dict["extra"] == 1
+    opt.load_state_dict(state_dict)
+
+
+def test_param_groups_have_their_own_hyperparameters():
+    both, alone = Regression(20), Regression(20)
+    first, second = (list(layer.parameters()) for layer in (both.model[0], both.model[2]))
+    opt = hx.HyperOptimizer([{"params": first}, {"params": second, "lr": 1e-3, "betas": (0.8, 0.9)}], STACK)
+    assert values(opt)[0]["lr"] == 1e-2
+    assert values(opt, 1)[0] == {"lr": 1e-3, "beta1": 0.8, "beta2": 0.9, "eps": 1e-8, "weight_decay": 0.0}
+    others = [
+        hx.HyperOptimizer(alone.model[0].parameters(), STACK),
+        hx.HyperOptimizer(alone.model[2].parameters(), hx.Adam(lr=1e-3, betas=(0.8, 0.9)) / STACK[1] / STACK[2]),
+    ]
+    for i in range(20):
+        both.train(opt, range(i, i + 1))
+        for other in others:
+            other.zero_grad()
+        alone.loss(i).backward()
+        for other in others:
+            other.step()
+    assert same(both, alone)
+    assert [values(opt, 0), values(opt, 1)] == [values(other) for other in others]
+
+
+def test_a_group_may_have_a_stack_of_its_own_and_come_later():
+    problem = Regression(10)
+    opt = hx.HyperOptimizer(problem.model[0].parameters(), STACK)
+    problem.train(opt, range(5))
+    lr = opt.param_groups[0]["lr"]
+    opt.add_param_group({"params": problem.model[2].parameters(), "stack": hx.SGD(lr=0.1) / hx.SGD(lr=1e-3)})
+    before = problem.model[2].weight.detach().clone()
+    problem.train(opt, range(5, 10))
+    assert not torch.equal(problem.model[2].weight, before)
+    assert opt.param_groups[1]["lr"] != 0.1
+    assert lr == opt.param_groups[0]["lr"]  # still live
+
+
+def test_named_parameters():
+    problem = Regression(3)
+    opt = hx.HyperOptimizer(problem.model.named_parameters(), STACK)
+    problem.train(opt, range(3))
+    assert opt.state_dict()["param_groups"][0]["param_names"][0] == "0.weight"
+
+
+def test_live_values():
+    problem = Regression(10)
+    opt = hx.HyperOptimizer(problem.model.parameters(), STACK)
+    lr = opt.param_groups[0]["lr"]
+    assert lr.shape == ()
+    assert lr.dtype == torch.float64
+    problem.train(opt, range(3))
+    assert lr == opt.hyperparameters()[0]["lr"] != 1e-2
+    assert [list(level) for level in opt.hyperparameters()] == [
+        ["lr", "beta1", "beta2", "eps", "weight_decay"],
+        ["lr", "momentum", "dampening", "weight_decay"],
+        ["lr", "weight_decay"],
+    ]
+
+
+def test_the_next_step_starts_from_what_the_user_wrote():
+    """The last update is still differentiated at the values that it used."""
+    a, b = Regression(10), Regression(10)
+    opt = hx.HyperOptimizer(a.model.parameters(), hx.SGD(lr=1e-2, momentum=0.5) / hx.SGD(lr=0.0))
+    fixed = torch.optim.SGD(b.model.parameters(), lr=1e-2, momentum=0.5)
+    for i in range(10):
+        opt.param_groups[0]["lr"].fill_(0.01 * (i + 1))
+        opt.hyperparameters()[0]["momentum"].fill_(0.05 * i)
+        fixed.param_groups[0].update(lr=0.01 * (i + 1), momentum=0.05 * i or 1e-300)
+        a.train(opt, range(i, i + 1))
+        b.train(fixed, range(i, i + 1))
+        for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
+def test_schedulers_write_through():
+    problem = Regression(10)
+    opt = hx.HyperOptimizer(problem.model.parameters(), hx.Adam(lr=0.1, learn=()) / hx.SGD())
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
+    for i in range(3):
+        problem.train(opt, range(i, i + 1))
+        scheduler.step()
+    assert opt.hyperparameters()[0]["lr"].item() == pytest.approx(0.1 * 0.5**3)
+
+
+@every_stack
+def test_parameters_without_a_gradient_are_skipped(stack):
+    """The hypergradient is that of the parameters that moved in the last step and have a gradient in this one."""
+    problem = Regression(12)
+    opt = hx.HyperOptimizer(problem.model.parameters(), stack)
+    expected = Regression(12)
+    separate = [
+        hx.HyperOptimizer([p], stack.levels[0] if isinstance(stack, hx.Stack) else stack)
+        for p in expected.model.parameters()
+    ]
+    idle = {3: [0], 4: [0, 1], 5: [], 8: [2, 3], 9: [2]}
+    for i in range(12):
+        opt.zero_grad()
+        problem.loss(i).backward()
+        params = list(problem.model.parameters())
+        before = [p.detach().clone() for p in params]
+        for j in idle.get(i, []):
+            params[j].grad = None
+        opt.step()
+        # the same updates by optimizers that learn nothing, at the values just used
+        for j, (q, other) in enumerate(zip(expected.model.parameters(), separate, strict=True)):
+            q.grad = params[j].grad
+            for name, value in opt.hyperparameters()[0].items():
+                other.param_groups[0][name].copy_(value)
+            other.step()
+            if j in idle.get(i, []):
+                assert torch.equal(params[j], before[j])
+            torch.testing.assert_close(params[j], q, rtol=1e-10, atol=1e-12)
+    assert opt.state[params[0]]["step"] == 10
+    assert opt.state[params[2]]["step"] == 10
+
+
+def test_a_returning_parameter_adds_nothing_to_the_hypergradient():
+    w, u = (torch.nn.Parameter(torch.tensor([value], dtype=torch.float64)) for value in (1.0, 2.0))
+    opt = hx.HyperOptimizer([w, u], hx.SGD(lr=0.1) / hx.SGD(lr=0.01))
+    script = [(1.0, 10.0), (2.0, None), (3.0, 20.0), (4.0, 30.0)]
+    expected, lr = [], 0.1
+    previous = (None, None)
+    for g in script:
+        lr += 0.01 * sum(a * b for a, b in zip(previous, g, strict=True) if a is not None and b is not None)
+        expected.append(lr)
+        previous = g
+    for g, value in zip(script, expected, strict=True):
+        w.grad, u.grad = (None if x is None else torch.tensor([x], dtype=torch.float64) for x in g)
+        opt.step()
+        assert opt.hyperparameters()[0]["lr"].item() == pytest.approx(value, rel=1e-14)
+
+
+def test_frozen_parameters_never_move():
+    problem = Regression(6)
+    opt = hx.HyperOptimizer(problem.model.parameters(), STACK)
+    problem.train(opt, range(3))
+    problem.loss(3).backward()
+    frozen = problem.model[0].weight
+    frozen.requires_grad_(False)  # with a gradient still there
+    before = frozen.detach().clone()
+    opt.step()
+    problem.train(opt, range(4, 6))
+    assert torch.equal(frozen, before)
+
+
+def test_tied_weights():
+    linear = torch.nn.Linear(4, 4, bias=False)
+    model = torch.nn.Sequential(linear, torch.nn.Tanh(), linear)
+    opt = hx.HyperOptimizer(model.parameters(), STACK)
+    assert len(opt.param_groups[0]["params"]) == 1
+    for _ in range(3):
+        opt.zero_grad()
+        model(torch.ones(2, 4)).square().sum().backward()
+        opt.step()
+    assert model[0].weight is model[2].weight
+
+
+def test_no_gradients_at_all():
+    problem = Regression(1)
+    opt = hx.HyperOptimizer(problem.model.parameters(), STACK)
+    opt.step()
+    assert not opt.state
+    assert values(opt)[0]["lr"] == 1e-2
+
+
+@every_stack
+@pytest.mark.parametrize("way", ["memory", "file", "deepcopy", "pickle"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resuming_is_bit_for_bit(stack, way, dtype):
+    whole = Regression(20, dtype)
+    opt = hx.HyperOptimizer(whole.model.parameters(), stack)
+    whole.train(opt, range(7))
+    whole.model[0].bias.grad = None
+    opt.step()  # one parameter is idle when the run is cut
+    part = copy.deepcopy(whole)
+    if way == "deepcopy":
+        part.model, resumed = copy.deepcopy((whole.model, opt))
+    elif way == "pickle":
+        part.model, resumed = pickle.loads(pickle.dumps((whole.model, opt)))
+    else:
+        state_dict = copy.deepcopy(opt.state_dict())
+        if way == "file":
+            buffer = io.BytesIO()
+            torch.save(state_dict, buffer)
+            buffer.seek(0)
+            state_dict = torch.load(buffer, weights_only=True)
+        resumed = hx.HyperOptimizer(part.model.parameters(), stack)
+        lr = resumed.param_groups[0]["lr"]
+        resumed.load_state_dict(state_dict)
+        assert lr == opt.param_groups[0]["lr"]  # a view taken before stays live
+        assert all(
+            torch.equal(a, b)
+            for s, t in zip(opt.state.values(), resumed.state.values(), strict=True)
+            for a, b in zip(s.values(), t.values(), strict=True)
+        )
+    whole.train(opt, range(8, 20))
+    part.train(resumed, range(8, 20))
+    assert same(whole, part)
+    assert values(opt) == values(resumed)
+
+
+def test_a_loaded_state_is_not_shared():
+    problem = Regression(5)
+    opt = hx.HyperOptimizer(problem.model.parameters(), STACK)
+    problem.train(opt, range(3))
+    other = hx.HyperOptimizer(problem.model.parameters(), STACK)
+    other.load_state_dict(opt.state_dict())
+    before = copy.deepcopy(opt.state_dict())
+    problem.train(other, range(3, 5))
+    for a, b in zip(before["state"].values(), opt.state_dict()["state"].values(), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a.values(), b.values(), strict=True))
+
+
+def test_an_edited_value_in_a_state_dict_counts():
+    problem = Regression(5)
+    opt = hx.HyperOptimizer(problem.model.parameters(), STACK)
+    problem.train(opt, range(3))
+    state_dict = copy.deepcopy(opt.state_dict())
+    state_dict["param_groups"][0]["lr"] = 0.25
+    opt.load_state_dict(state_dict)
+    assert opt.hyperparameters()[0]["lr"] == 0.25
+
+
+@pytest.mark.parametrize("stack", [STACK, LR_ONLY, SGD], ids=["adam", "lr", "sgd"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_non_finite_gradient_changes_nothing_but_a_count(stack, bad):
+    problem, clean = Regression(10), Regression(10)
+    opt, expected = (hx.HyperOptimizer(p.model.parameters(), stack) for p in (problem, clean))
+    for i in range(10):
+        if i == 5:
+            before = copy.deepcopy(opt.state_dict())
+            opt.zero_grad()
+            (problem.loss(i) * bad).backward()
+            opt.step()
+            after = opt.state_dict()
+            for a, b in zip(before["state"].values(), after["state"].values(), strict=True):
+                assert all(torch.equal(x, y) for x, y in zip(a.values(), b.values(), strict=True))
+            assert opt.skipped_steps() == 1
+        problem.train(opt, range(i, i + 1))
+        clean.train(expected, range(i, i + 1))
+    assert same(problem, clean)
+    assert values(opt) == values(expected)
+
+
+def test_printing():
+    opt = hx.HyperOptimizer([torch.nn.Parameter(torch.ones(1))], STACK)
+    text = repr(opt)
+    assert text.startswith("HyperOptimizer")
+    assert "Parameter Group 0" in text
+    assert "Adam/SGD/SGD" in text
+    assert "tower" not in text

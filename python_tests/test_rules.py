@@ -1,0 +1,205 @@
+"""Each rule by itself: its operators against the fp64 twin in plain torch, and what torch asks of operators."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import CASES, RULE_CASES, level_of
+from problems import relative_error
+from reference import TWINS
+from torch import Tensor
+
+import hyperopt_ext as hx
+from hyperopt_ext.stack import RULES
+
+OPS = torch.ops.hyperopt_ext
+every_rule = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def subsets(rule):
+    """Every single hyperparameter, all pairs and all."""
+    names = [h["name"] for h in RULES[rule]["hypers"]]
+    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+    return [*((name,) for name in names), *pairs, tuple(names)]
+
+
+def optimizer(case, params, learn, **hyper):
+    level = level_of(case.rule, {**case.hyper, **hyper}, learn=learn)
+    return hx.HyperOptimizer(params, level / hx.SGD(lr=0.0))
+
+
+def lists_of(opt, params):
+    """The operators' lists for parameters that have taken a step (csrc/cpu/passes.h)."""
+    rule = opt.stack[0].rule
+    states = [opt.state[p] for p in params]
+    record = [name for name in ("last_grad", "last_param") if name in states[0]]
+    return (
+        [s[name] for name in RULES[rule]["state"] for s in states],
+        [s[name] for name in record for s in states],
+        [s["step"] for s in states],
+        [s["tick"] for s in states],
+    )
+
+
+def hypergradient(opt, params, grads) -> Tensor:
+    op = getattr(OPS, f"{opt.stack[0].rule}_hypergradient")
+    tower = opt.param_groups[0]["tower"]
+    return op(params, grads, *lists_of(opt, params), tower, opt.stack[0].learn_mask(), 1.0)[0]
+
+
+def twin_run(case, w, grads, hyper):
+    """The twin's last parameter after steps on `grads`, with the hyperparameters of the last step as leaves."""
+    state = {name: torch.zeros_like(w) for name in RULES[case.rule]["state"]}
+    fixed = {name: torch.tensor(float(value), dtype=torch.float64) for name, value in hyper.items()}
+    leaves = {name: value.clone().requires_grad_() for name, value in fixed.items()}
+    for step, g in enumerate(grads, 1):
+        last = step == len(grads)
+        w, state = TWINS[case.rule](
+            w.detach(), g, {k: v.detach() for k, v in state.items()}, leaves if last else fixed, step
+        )
+    return w, leaves
+
+
+def some_gradients(steps=5, size=3000, dtype=torch.float64):
+    grads = torch.randn(steps + 1, size, dtype=dtype)
+    grads[:, :100] = 0  # elements that never saw a gradient
+    grads[-2, 100:200] = 0
+    return list(grads[:-1]), grads[-1]
+
+
+@every_rule
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("zeroed", [(), ("beta1",), ("beta2",), ("momentum",), ("eps",), ("weight_decay",)])
+def test_hypergradient_equals_autograd(case, steps, zeroed):
+    """For every learned set, also where a coefficient is 0 and where no gradient ever was."""
+    if any(name not in case.hyper for name in zeroed) or (case.rule == "sgd_nesterov" and "momentum" in zeroed):
+        zeroed = ()
+    hyper = {**case.hyper, **dict.fromkeys(zeroed, 0.0)}
+    grads, upstream = some_gradients(steps)
+    start = torch.randn(grads[0].shape, dtype=torch.float64)
+    w, leaves = twin_run(case, start, grads, hyper)
+    touched = torch.ones_like(start, dtype=torch.bool)
+    if "eps" in zeroed:  # 0 / 0 in the rule itself, in torch.optim too
+        touched[:100] = False
+    expected = torch.autograd.grad((w * upstream)[touched].sum(), list(leaves.values()), allow_unused=True)
+    for learn in subsets(case.rule):
+        if case.rule == "sgd_momentum" and not {"momentum", "dampening"} & set(learn) and hyper["momentum"] == 0:
+            continue  # that is plain SGD, with a rule of its own
+        p = torch.nn.Parameter(start[touched].clone())
+        opt = optimizer(case, [p], learn, **dict.fromkeys(zeroed, 0.0))
+        for g in grads:
+            p.grad = g[touched].clone()
+            opt.step()
+        assert relative_error(p.detach(), w.detach()[touched]) < 1e-12
+        got = hypergradient(opt, [p], [upstream[touched]])
+        for i, (name, value) in enumerate(zip(leaves, expected, strict=True)):
+            if name in learn:
+                assert got[i].item() == pytest.approx(0.0 if value is None else value.item(), rel=1e-9, abs=1e-12), (
+                    learn,
+                    name,
+                )
+            else:
+                assert got[i] == 0
+
+
+@every_rule
+def test_fp32_hypergradients_are_close_to_fp64(case):
+    names = [h["name"] for h in RULES[case.rule]["hypers"]]
+    grads, upstream = some_gradients(size=100_000)
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        p = torch.nn.Parameter(torch.linspace(-1, 1, grads[0].numel(), dtype=torch.float64).to(dtype))
+        opt = optimizer(case, [p], names)
+        for g in grads:
+            p.grad = g.float().to(dtype)
+            opt.step()
+        results.append(hypergradient(opt, [p], [upstream.float().to(dtype)]))
+    for got, expected in zip(*reversed(results), strict=True):
+        assert got.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@every_rule
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_functional_form_equals_autograd(case, dtype):
+    grads, upstream = some_gradients(3)
+    start = torch.randn(grads[0].shape, dtype=torch.float64)
+    w, leaves = twin_run(case, start, grads, case.hyper)
+    expected = torch.autograd.grad((w * upstream).sum(), list(leaves.values()), allow_unused=True)
+
+    function = getattr(hx.functional, "sgd" if case.rule.startswith("sgd") else case.rule)
+    options = {"nesterov": True} if case.rule == "sgd_nesterov" else {}
+    hyper = {name: torch.tensor(value, dtype=torch.float64, requires_grad=True) for name, value in case.hyper.items()}
+    params, state = [start.to(dtype)], None
+    for step, g in enumerate(grads, 1):
+        params = [p.detach() for p in params]
+        params, state = function(params, [g.to(dtype)], state, hyper, torch.tensor(step), **options)
+    assert not any(t.requires_grad for slot in state.values() for t in slot)
+    got = torch.autograd.grad((params[0] * upstream.to(dtype)).sum(), list(hyper.values()))
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-4
+    assert relative_error(params[0].detach(), w.detach()) < (1e-12 if dtype == torch.float64 else 1e-6)
+    for g, e in zip(got, expected, strict=True):
+        assert g.item() == pytest.approx(0.0 if e is None else e.item(), rel=tolerance, abs=1e-12)
+
+
+def functional_arguments(case, requires_grad=True):
+    names = [h["name"] for h in RULES[case.rule]["hypers"]]
+    params = [torch.randn(3, 2, dtype=torch.float64), torch.randn(4, dtype=torch.float64)]
+    state = [torch.rand_like(p) + 0.1 for _ in RULES[case.rule]["state"] for p in params]
+    hyper = [torch.tensor(case.hyper[name], dtype=torch.float64, requires_grad=requires_grad) for name in names]
+    return params, [torch.randn_like(p) for p in params], state, hyper, torch.tensor(3)
+
+
+@every_rule
+def test_functional_form_passes_gradcheck(case):
+    params, grads, state, hyper, step = functional_arguments(case)
+    op = getattr(OPS, case.rule)
+
+    def update(*hyper):
+        return tuple(op(params, grads, state, list(hyper), step)[: len(params)])
+
+    torch.autograd.gradcheck(update, hyper)
+
+
+@every_rule
+def test_second_derivatives_are_an_error_not_a_wrong_number(case):
+    params, grads, state, hyper, step = functional_arguments(case)
+    new = getattr(OPS, case.rule)(params, grads, state, hyper, step)[0]
+    (first,) = torch.autograd.grad(new.sum(), hyper[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        torch.autograd.grad(first, hyper[:1])
+
+
+@every_rule
+@pytest.mark.parametrize("learn", ["lr", "all"])
+def test_opcheck(case, learn):
+    names = [h["name"] for h in RULES[case.rule]["hypers"]]
+    params = [torch.nn.Parameter(torch.randn(3, 2)), torch.nn.Parameter(torch.randn(4))]
+    opt = optimizer(case, params, names if learn == "all" else learn)
+    grads = [torch.randn_like(p) for p in params]
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g
+    opt.step()
+    plain = [p.detach().clone() for p in params]
+    tower, mask = opt.param_groups[0]["tower"], opt.stack[0].learn_mask()
+    lists = lists_of(opt, params)
+    state, record, steps, ticks = lists
+    check = torch.library.opcheck
+    check(getattr(OPS, f"{case.rule}_hypergradient").default, (plain, grads, *lists, tower, mask, 1.0))
+    check(getattr(OPS, f"{case.rule}_step_").default, (plain, grads, *lists, tower, mask, 1.0))
+    check(getattr(OPS, f"{case.rule}_settle_").default, (plain, *lists, tower, mask))
+    check(getattr(OPS, case.rule).default, functional_arguments(case, requires_grad=learn == "all"))
+    params, grads, state, hyper, step = functional_arguments(case, requires_grad=False)
+    check(getattr(OPS, f"{case.rule}_backward").default, (grads, params, grads, state, hyper, step))
+
+
+def test_opcheck_of_the_tower():
+    opt = hx.HyperOptimizer([torch.nn.Parameter(torch.ones(2))], hx.Adam() / hx.SGD() / hx.SGD())
+    group = opt._groups[0]
+    sums = torch.ones(1, 5, dtype=torch.float64)
+    torch.library.opcheck(OPS.tower_.default, ([group.tower], [sums], [group.plan], [group.bounds]))
+
+
+def test_every_rule_is_in_the_table():
+    assert set(RULES) == set(RULE_CASES) == set(TWINS)
+    for case in CASES:
+        assert set(case.hyper) == {h["name"] for h in RULES[case.rule]["hypers"]}

@@ -1,0 +1,144 @@
+"""Whole towers, step by step, against plain autograd and against the package of the paper."""
+
+from __future__ import annotations
+
+import copy
+
+import hypothesis
+import pytest
+import torch
+from cases import CASES, levels, stacks
+from gradient_descent_the_ultimate_optimizer import gdtuo as package
+from hypothesis import given
+from hypothesis import strategies as st
+from problems import Regression, relative_error
+from reference import ReferenceTower
+
+import hyperopt_ext as hx
+from hyperopt_ext.compat import gdtuo
+
+STEPS = 60
+
+
+def assert_same(params, hyper, expected_params, expected_hyper, tolerance=1e-9):
+    for p, q in zip(params, expected_params, strict=True):
+        assert relative_error(p.detach(), q.detach()) <= tolerance
+    for level, expected in zip(hyper, expected_hyper, strict=True):
+        for name, value in expected.items():
+            assert level[name].item() == pytest.approx(value, rel=tolerance, abs=1e-300), name
+
+
+@given(stack=stacks())
+def test_equals_a_tower_of_plain_autograd(stack):
+    problem = Regression(STEPS)
+    reference = ReferenceTower(problem.model.parameters(), stack)
+    opt = hx.HyperOptimizer(problem.model.parameters(), stack)
+    for i in range(STEPS):
+        reference.step(lambda params, i=i: problem.loss_of(i, params))
+        problem.train(opt, range(i, i + 1))
+    assert_same(problem.model.parameters(), opt.hyperparameters(), reference.params, reference.hyperparameters())
+    assert opt.skipped_steps() == 0
+
+
+@given(base=levels(0.05), above=levels(1e-3))
+def test_bounds_project_what_is_learned(base, above):
+    """Tight bounds around the first values, so that they are active."""
+    hypothesis.assume(base.learn_names)
+    values = base.values()
+    bounds = {name: (0.999 * min(values[name], 1.0), 1.001 * values[name] + 1e-6) for name in base.learn_names}
+    problem = Regression(STEPS)
+    stack = hx.Stack((base.replace(bounds=bounds), above.replace(lr=above.values()["lr"] * 100)))
+    reference = ReferenceTower(problem.model.parameters(), stack)
+    opt = hx.HyperOptimizer(problem.model.parameters(), stack)
+    for i in range(20):
+        reference.step(lambda params, i=i: problem.loss_of(i, params))
+        problem.train(opt, range(i, i + 1))
+        for name, (low, high) in bounds.items():
+            assert low <= opt.hyperparameters()[0][name].item() <= high
+    assert_same(problem.model.parameters(), opt.hyperparameters(), reference.params, reference.hyperparameters())
+
+
+def package_levels(alpha: float):
+    """Levels with a step size up to `alpha`; small enough that a tower does not diverge and amplify rounding."""
+    kinds = {
+        "SGD": {"alpha": st.floats(alpha / 10, alpha), "mu": st.sampled_from([0.0, 0.5])},
+        "Adam": {"alpha": st.floats(alpha / 10, alpha), "beta1": st.floats(0.5, 0.95), "beta2": st.floats(0.8, 0.999)},
+        "AdamBaydin": {"alpha": st.floats(alpha / 10, alpha), "log_eps": st.sampled_from([-8.0, -4.0])},
+    }
+    return st.one_of([st.tuples(st.just(name), st.fixed_dictionaries(kw)) for name, kw in kinds.items()])
+
+
+@given(base=package_levels(1e-2), above=st.lists(package_levels(1e-4), max_size=4))
+def test_equals_the_package_of_the_paper(base, above):
+    specs = [base, *above]
+    problem = Regression(STEPS)
+    opt = hx.HyperOptimizer(problem.model.parameters(), hx.Stack([getattr(gdtuo, name)(**kw) for name, kw in specs]))
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # of the package's hyperparameters
+    try:
+        theirs = package.NoOpOptimizer()
+        for name, kw in reversed(specs):
+            theirs = getattr(package, name)(**kw, optimizer=theirs)
+        wrapper = package.ModuleWrapper(copy.deepcopy(problem.model), optimizer=theirs)
+        wrapper.initialize()
+        for i in range(STEPS):
+            problem.train(opt, range(i, i + 1))
+            wrapper.begin()
+            loss = problem.loss(i, wrapper.forward)
+            wrapper.zero_grad()
+            loss.backward()
+            wrapper.step()
+    finally:
+        torch.set_default_dtype(before)
+
+    expected, level = [], wrapper.optimizer
+    while hasattr(level, "parameters"):
+        values = {"lr": level.parameters["alpha"].item()}
+        if "mu" in level.parameters and level.mu != 0:
+            values["momentum"] = level.parameters["mu"].item()
+        for name in ("beta1", "beta2"):
+            if name in level.parameters:
+                values[name] = package.Adam.clamp(level.parameters[name]).item()
+        expected.append(values)
+        level = level.optimizer
+    names = [name for name, _ in problem.model.named_parameters()]
+    assert_same(problem.model.parameters(), opt.hyperparameters(), [wrapper.parameters[n] for n in names], expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_the_published_optimizer_if_nothing_is_learned(case):
+    for options in case.options:
+        for stack in (case.make(**options), case.make(**options, learn=()) / hx.Adam()):
+            ours, theirs = Regression(100), Regression(100)
+            problem_opt = hx.HyperOptimizer(ours.model.parameters(), stack)
+            published = case.published(theirs.model.parameters(), **options)
+            ours.train(problem_opt, range(100))
+            theirs.train(published, range(100))
+            for p, q in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+                assert relative_error(p.detach(), q.detach()) <= 1e-12
+
+
+def test_maximize_is_minimising_the_negative_objective():
+    a, b = Regression(30), Regression(30)
+    stack = hx.Adam(lr=1e-2) / hx.SGD(lr=1e-3, momentum=0.5) / hx.SGD(lr=1e-4)
+    up = hx.HyperOptimizer(a.model.parameters(), stack, maximize=True)
+    down = hx.HyperOptimizer(b.model.parameters(), stack)
+    for i in range(30):
+        up.zero_grad()
+        (-a.loss(i)).backward()
+        up.step()
+        b.train(down, range(i, i + 1))
+    for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert up.hyperparameters() == down.hyperparameters()
+
+
+def test_a_tower_of_a_thousand_levels_trains():
+    problem = Regression(20)
+    opt = hx.HyperOptimizer(problem.model.parameters(), hx.Stack.of(hx.Adam(lr=1e-3), height=1000))
+    problem.train(opt, range(20))
+    values = [level["lr"].item() for level in opt.hyperparameters()]
+    assert len(values) == 1000
+    assert values[-1] == 1e-3
+    assert len({round(value, 12) for value in values}) > 10  # they did move, each in its own way

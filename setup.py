@@ -1,4 +1,4 @@
-"""Builds hyperopt_ext._C: the CPU kernels of every rule in csrc/rules, and the CUDA ones where torch and a toolkit have CUDA."""
+"""Builds hyperopt_ext._C: the kernels of every rule in csrc/rules, CPU only or CPU and CUDA."""
 
 import os
 import sys

@@ -160,14 +160,38 @@ HX_FN Dual<T, A> operator-(const Dual<T, A>& a) {
 }
 
 // A literal stands for a constant of the other operand's type: 1.0 - x.
-template <class T, Mask A> HX_FN auto operator+(const Dual<T, A>& a, double b) { return a + constant(T(b)); }
-template <class T, Mask A> HX_FN auto operator+(double a, const Dual<T, A>& b) { return constant(T(a)) + b; }
-template <class T, Mask A> HX_FN auto operator-(const Dual<T, A>& a, double b) { return a - constant(T(b)); }
-template <class T, Mask A> HX_FN auto operator-(double a, const Dual<T, A>& b) { return constant(T(a)) - b; }
-template <class T, Mask A> HX_FN auto operator*(const Dual<T, A>& a, double b) { return a * constant(T(b)); }
-template <class T, Mask A> HX_FN auto operator*(double a, const Dual<T, A>& b) { return constant(T(a)) * b; }
-template <class T, Mask A> HX_FN auto operator/(const Dual<T, A>& a, double b) { return a / constant(T(b)); }
-template <class T, Mask A> HX_FN auto operator/(double a, const Dual<T, A>& b) { return constant(T(a)) / b; }
+template <class T, Mask A>
+HX_FN auto operator+(const Dual<T, A>& a, double b) {
+  return a + constant(T(b));
+}
+template <class T, Mask A>
+HX_FN auto operator+(double a, const Dual<T, A>& b) {
+  return constant(T(a)) + b;
+}
+template <class T, Mask A>
+HX_FN auto operator-(const Dual<T, A>& a, double b) {
+  return a - constant(T(b));
+}
+template <class T, Mask A>
+HX_FN auto operator-(double a, const Dual<T, A>& b) {
+  return constant(T(a)) - b;
+}
+template <class T, Mask A>
+HX_FN auto operator*(const Dual<T, A>& a, double b) {
+  return a * constant(T(b));
+}
+template <class T, Mask A>
+HX_FN auto operator*(double a, const Dual<T, A>& b) {
+  return constant(T(a)) * b;
+}
+template <class T, Mask A>
+HX_FN auto operator/(const Dual<T, A>& a, double b) {
+  return a / constant(T(b));
+}
+template <class T, Mask A>
+HX_FN auto operator/(double a, const Dual<T, A>& b) {
+  return constant(T(a)) / b;
+}
 
 // The slope at 0 is infinite; it is defined as 0 there, so that a second moment that never saw a gradient stays inert.
 template <class T, Mask A>

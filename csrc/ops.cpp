@@ -71,8 +71,8 @@ void check_inputs(const Rule& rule, TensorList params, TensorList grads, TensorL
                   const Tensor& step) {
   const std::size_t n = params.size();
   TORCH_CHECK_VALUE(grads.size() == n, "grads must hold one tensor for each of the ", n, " params, not ", grads.size());
-  TORCH_CHECK_VALUE(state.size() == n * rule.state.size(), "state must hold ", rule.state.size(), " tensors for each of the ",
-                    n, " params of rule '", rule.name, "', not ", state.size(), " in all");
+  TORCH_CHECK_VALUE(state.size() == n * rule.state.size(), "state must hold ", rule.state.size(),
+                    " tensors for each of the ", n, " params of rule '", rule.name, "', not ", state.size(), " in all");
   TORCH_CHECK_VALUE(hyper.size() == rule.hypers.size(), "hyper must hold the ", rule.hypers.size(),
                     " hyperparameters of rule '", rule.name, "', not ", hyper.size());
   for (std::size_t i = 0; i < hyper.size(); ++i)
@@ -85,8 +85,8 @@ void check_inputs(const Rule& rule, TensorList params, TensorList grads, TensorL
                         " of params[", i, "] must be a dense ", type, " tensor of shape ", params[i].sizes());
     };
     const at::ScalarType type = params[i].scalar_type();
-    TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16, "params[", i,
-                     "] must be float32, float64, float16 or bfloat16, not ", type);
+    TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16, "params[",
+                     i, "] must be float32, float64, float16 or bfloat16, not ", type);
     fits("grads", grads[i], type);
     for (std::size_t k = 0; k < rule.state.size(); ++k)
       fits("state", state[k * n + i], type == at::kDouble ? at::kDouble : at::kFloat);
@@ -104,8 +104,8 @@ std::vector<double> values_of(TensorList tensors) {
 struct UpdateFunction : torch::autograd::Function<UpdateFunction> {
   static constexpr bool is_traceable = true;  // without it, compiled autograd breaks the graph here
 
-  static variable_list forward(torch::autograd::AutogradContext* ctx, TensorList params, TensorList grads, TensorList state,
-                               TensorList hyper, const Tensor& step, const std::string& rule) {
+  static variable_list forward(torch::autograd::AutogradContext* ctx, TensorList params, TensorList grads,
+                               TensorList state, TensorList hyper, const Tensor& step, const std::string& rule) {
     at::AutoDispatchBelowADInplaceOrView below;
     variable_list outputs = op<Update>(rule).call(params, grads, state, hyper, step);
     variable_list inputs;
@@ -128,7 +128,8 @@ struct UpdateFunction : torch::autograd::Function<UpdateFunction> {
     const TensorList params = all.slice(0, n), hyper = all.slice(2 * n + states, hypers);
     variable_list grad_params;
     for (std::size_t i = 0; i < n; ++i)
-      grad_params.push_back(grad_outputs[i].defined() ? grad_outputs[i].to(params[i].scalar_type()) : at::zeros_like(params[i]));
+      grad_params.push_back(grad_outputs[i].defined() ? grad_outputs[i].to(params[i].scalar_type())
+                                                      : at::zeros_like(params[i]));
     const Tensor sums = op<Backward>(ctx->saved_data["rule"].toStringRef() + "_backward")
                             .call(grad_params, params, all.slice(n, n), all.slice(2 * n, states), hyper, all.back());
     variable_list result(inputs.size() + 1);  // one for the name of the rule
@@ -145,13 +146,15 @@ void define_ops(const Rule& rule) {
   const auto tag = std::vector<at::Tag>{at::Tag::pt2_compliant_tag};
   const auto define = [&](const std::string& schema) { library().def((name + schema).c_str(), tag); };
   define(
-      "_hypergradient(Tensor[] params, Tensor[] grads, Tensor[] state, Tensor[] record, Tensor[] steps, Tensor[] ticks, "
+      "_hypergradient(Tensor[] params, Tensor[] grads, Tensor[] state, Tensor[] record, Tensor[] steps, Tensor[] "
+      "ticks, "
       "Tensor tower, int learn, float scale) -> Tensor");
   define(
       "_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state, Tensor(c!)[] record, Tensor(d!)[] steps, "
       "Tensor(e!)[] ticks, Tensor tower, int learn, float scale) -> ()");
   define(
-      "_settle_(Tensor[] params, Tensor(a!)[] state, Tensor[] record, Tensor[] steps, Tensor(b!)[] ticks, Tensor tower, "
+      "_settle_(Tensor[] params, Tensor(a!)[] state, Tensor[] record, Tensor[] steps, Tensor(b!)[] ticks, Tensor "
+      "tower, "
       "int learn) -> ()");
   define("(Tensor[] params, Tensor[] grads, Tensor[] state, Tensor[] hyper, Tensor step) -> Tensor[]");
   define(
@@ -162,10 +165,10 @@ void define_ops(const Rule& rule) {
   using c10::DispatchKey;
 
   impl_cpu(name + "_hypergradient",
-       [r](TensorList params, TensorList grads, TensorList state, TensorList record, TensorList steps, TensorList ticks,
-           const Tensor& tower, std::int64_t learn, double scale) {
-         return hypergradient_cpu(*r, {params, grads, state, record, steps, ticks, tower}, Mask(learn), scale);
-       });
+           [r](TensorList params, TensorList grads, TensorList state, TensorList record, TensorList steps,
+               TensorList ticks, const Tensor& tower, std::int64_t learn, double scale) {
+             return hypergradient_cpu(*r, {params, grads, state, record, steps, ticks, tower}, Mask(learn), scale);
+           });
   impl(name + "_hypergradient", DispatchKey::Meta,
        [r](TensorList, TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor& tower, std::int64_t,
            double) { return at::empty_symint({tower.sym_size(0), std::int64_t(r->hypers.size())}, tower.options()); });
@@ -173,10 +176,10 @@ void define_ops(const Rule& rule) {
                  torch::dispatch(DispatchKey::Autograd, torch::autograd::autogradNotImplementedFallback()));
 
   impl_cpu(name + "_step_",
-       [r](TensorList params, TensorList grads, TensorList state, TensorList record, TensorList steps, TensorList ticks,
-           const Tensor& tower, std::int64_t learn, double scale) {
-         step_cpu(*r, {params, grads, state, record, steps, ticks, tower}, Mask(learn), scale);
-       });
+           [r](TensorList params, TensorList grads, TensorList state, TensorList record, TensorList steps,
+               TensorList ticks, const Tensor& tower, std::int64_t learn, double scale) {
+             step_cpu(*r, {params, grads, state, record, steps, ticks, tower}, Mask(learn), scale);
+           });
   impl(name + "_step_", DispatchKey::ADInplaceOrView,
        [step = op<Step>(name + "_step_")](TensorList params, TensorList grads, TensorList state, TensorList record,
                                           TensorList steps, TensorList ticks, const Tensor& tower, std::int64_t learn,
@@ -188,33 +191,35 @@ void define_ops(const Rule& rule) {
          for (TensorList list : {params, state, record, steps, ticks}) wrote(list);
        });
   impl(name + "_step_", DispatchKey::Meta,
-       [](TensorList, TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor&, std::int64_t, double) {});
+       [](TensorList, TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor&, std::int64_t, double) {
+       });
 
   impl(name + "_settle_", DispatchKey::CPU,
-       [r](TensorList params, TensorList state, TensorList record, TensorList steps, TensorList ticks, const Tensor& tower,
+       [r](TensorList params, TensorList state, TensorList record, TensorList steps, TensorList ticks,
+           const Tensor& tower,
            std::int64_t learn) { settle_cpu(*r, {params, params, state, record, steps, ticks, tower}, Mask(learn)); });
-  impl(name + "_settle_", DispatchKey::ADInplaceOrView,
-       [settle = op<Settle>(name + "_settle_")](TensorList params, TensorList state, TensorList record, TensorList steps,
-                                                TensorList ticks, const Tensor& tower, std::int64_t learn) {
-         {
-           at::AutoDispatchBelowADInplaceOrView below;
-           settle.call(params, state, record, steps, ticks, tower, learn);
-         }
-         for (TensorList list : {state, ticks}) wrote(list);
-       });
+  impl(
+      name + "_settle_", DispatchKey::ADInplaceOrView,
+      [settle = op<Settle>(name + "_settle_")](TensorList params, TensorList state, TensorList record, TensorList steps,
+                                               TensorList ticks, const Tensor& tower, std::int64_t learn) {
+        {
+          at::AutoDispatchBelowADInplaceOrView below;
+          settle.call(params, state, record, steps, ticks, tower, learn);
+        }
+        for (TensorList list : {state, ticks}) wrote(list);
+      });
   impl(name + "_settle_", DispatchKey::Meta,
        [](TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor&, std::int64_t) {});
 
-  impl_cpu(name,
-       [r](TensorList params, TensorList grads, TensorList state, TensorList hyper, const Tensor& step) {
-         check_inputs(*r, params, grads, state, hyper, step);
-         std::vector<Tensor> outputs;
-         for (TensorList list : {params, state})
-           for (const Tensor& t : list) outputs.push_back(t.clone());
-         update_cpu(*r, TensorList(outputs).slice(0, params.size()), grads, TensorList(outputs).slice(params.size()),
-                    values_of(hyper).data(), step.item<double>());
-         return outputs;
-       });
+  impl_cpu(name, [r](TensorList params, TensorList grads, TensorList state, TensorList hyper, const Tensor& step) {
+    check_inputs(*r, params, grads, state, hyper, step);
+    std::vector<Tensor> outputs;
+    for (TensorList list : {params, state})
+      for (const Tensor& t : list) outputs.push_back(t.clone());
+    update_cpu(*r, TensorList(outputs).slice(0, params.size()), grads, TensorList(outputs).slice(params.size()),
+               values_of(hyper).data(), step.item<double>());
+    return outputs;
+  });
   impl(name, DispatchKey::Meta,
        [r](TensorList params, TensorList grads, TensorList state, TensorList hyper, const Tensor& step) {
          check_inputs(*r, params, grads, state, hyper, step);
@@ -228,16 +233,15 @@ void define_ops(const Rule& rule) {
          return UpdateFunction::apply(params, grads, state, hyper, step, name);
        });
 
-  impl_cpu(name + "_backward",
-       [r](TensorList grad_params, TensorList params, TensorList grads, TensorList state, TensorList hyper,
-           const Tensor& step) {
-         check_inputs(*r, params, grads, state, hyper, step);
-         check_inputs(*r, params, grad_params, state, hyper, step);
-         Tensor sums = at::zeros({std::int64_t(hyper.size())}, hyper[0].options().dtype(at::kDouble));
-         backward_cpu(*r, grad_params, params, grads, state, values_of(hyper).data(), step.item<double>(),
-                      sums.mutable_data_ptr<double>());
-         return sums;
-       });
+  impl_cpu(name + "_backward", [r](TensorList grad_params, TensorList params, TensorList grads, TensorList state,
+                                   TensorList hyper, const Tensor& step) {
+    check_inputs(*r, params, grads, state, hyper, step);
+    check_inputs(*r, params, grad_params, state, hyper, step);
+    Tensor sums = at::zeros({std::int64_t(hyper.size())}, hyper[0].options().dtype(at::kDouble));
+    backward_cpu(*r, grad_params, params, grads, state, values_of(hyper).data(), step.item<double>(),
+                 sums.mutable_data_ptr<double>());
+    return sums;
+  });
   impl(name + "_backward", DispatchKey::Meta,
        [](TensorList, TensorList, TensorList, TensorList, TensorList hyper, const Tensor&) {
          return at::empty({std::int64_t(hyper.size())}, hyper[0].options().dtype(at::kDouble));
@@ -251,20 +255,20 @@ void define_tower_op() {
                 {at::Tag::pt2_compliant_tag});
   impl("tower_", c10::DispatchKey::CPU,
        [](TensorList towers, TensorList hypergradients, TensorList plans, TensorList bounds) {
-         TORCH_CHECK_VALUE(hypergradients.size() == towers.size() && plans.size() == towers.size() &&
-                               bounds.size() == towers.size(),
-                           "hypergradients, plans and bounds must hold one tensor for each of the ", towers.size(), " towers");
+         TORCH_CHECK_VALUE(
+             hypergradients.size() == towers.size() && plans.size() == towers.size() && bounds.size() == towers.size(),
+             "hypergradients, plans and bounds must hold one tensor for each of the ", towers.size(), " towers");
          for (std::size_t i = 0; i < towers.size(); ++i) {
            const Tensor &tower = towers[i], &sums = hypergradients[i], &plan = plans[i];
            const int levels = int(plan.size(0));
            const std::int64_t* columns = plan.const_data_ptr<std::int64_t>();
            TORCH_CHECK_VALUE(tower.is_contiguous() && tower.size(1) == tower_width(columns, levels), "towers[", i,
                              "] does not fit its plan");
-           TORCH_CHECK_VALUE(sums.dim() == 2 && sums.size(0) == tower.size(0) && sums.is_contiguous(), "hypergradients[", i,
-                             "] must have a row for each tower");
+           TORCH_CHECK_VALUE(sums.dim() == 2 && sums.size(0) == tower.size(0) && sums.is_contiguous(),
+                             "hypergradients[", i, "] must have a row for each tower");
            for (std::int64_t row = 0; row < tower.size(0); ++row)
-             tower_step(tower.mutable_data_ptr<double>() + row * tower.size(1), columns, bounds[i].const_data_ptr<double>(),
-                        levels, sums.const_data_ptr<double>() + row * sums.size(1));
+             tower_step(tower.mutable_data_ptr<double>() + row * tower.size(1), columns,
+                        bounds[i].const_data_ptr<double>(), levels, sums.const_data_ptr<double>() + row * sums.size(1));
          }
        });
   impl("tower_", c10::DispatchKey::ADInplaceOrView,

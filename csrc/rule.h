@@ -122,14 +122,12 @@ constexpr Mask kAllHypers = (Mask(1) << R::hypers.size()) - 1;
 
 // What has to be kept between steps when the hyperparameters S of rule R are learned.
 template <class R, Mask S>
-constexpr unsigned RecordOf =
-    detail::record_of<R, S>(std::make_index_sequence<R::state.size()>{});
+constexpr unsigned RecordOf = detail::record_of<R, S>(std::make_index_sequence<R::state.size()>{});
 
 // Whether the effective gradient depends on a hyperparameter in S (learned, coupled weight decay).
 template <class R, Mask S>
 constexpr bool PenaltyIsLearned =
-    (decltype(R::penalty(R::prepare(std::declval<Hypers<S>>(), 1.0), std::declval<Dual<double, 0>>()))::mask &
-     S) != 0;
+    (decltype(R::penalty(R::prepare(std::declval<Hypers<S>>(), 1.0), std::declval<Dual<double, 0>>()))::mask & S) != 0;
 
 // A run of elements of one tensor, as a kernel sees it. Parameters, gradients and last_param have the parameter's dtype;
 // state and last_grad its arithmetic type (fp32 for half precision).

@@ -30,7 +30,7 @@ def _new_tower(stack: Stack, device: torch.device) -> Tensor:
 
 
 class _Group:
-    """What ``step()`` needs of a param group: its tower, and the operators of the rule that moves its parameters."""
+    """What ``step()`` needs of a param group: its tower, and the operators of its first rule."""
 
     def __init__(self, group: dict[str, Any]) -> None:
         stack: Stack = group["stack"]
@@ -62,7 +62,7 @@ class _Group:
 
 
 class _Lists:
-    """Some parameters of a group and their state, in the order in which the operators take them (csrc/cpu/passes.h)."""
+    """Some parameters of a group and their state, in the order that the operators take (csrc/cpu/passes.h)."""
 
     def __init__(self, group: _Group, params: list[Tensor], states: list[dict[str, Tensor]]) -> None:
         self.params = params
@@ -104,25 +104,26 @@ class _Update:
 
 
 class HyperOptimizer(Optimizer):
-    """Trains parameters with ``stack[0]``, and each level's hyperparameters with the level above it, by gradient descent.
+    """Trains parameters with ``stack[0]``, and each level's hyperparameters by gradient descent with the level above.
 
     The method is that of Chandra et al., "Gradient Descent: The Ultimate Optimizer" (NeurIPS 2022). At every step each
     level's last update is differentiated with respect to the hyperparameters that made it (one step back, everything
     else held constant), the tower moves them from the top down, and the parameters are updated with the new values.
-    There is no autograd graph: an ordinary ``loss.backward()`` before ``step()`` is all it takes. At the first step, and
-    for a parameter that had no gradient in the step before, the hypergradient is 0.
+    There is no autograd graph: an ordinary ``loss.backward()`` before ``step()`` is all it takes. At the first step,
+    and for a parameter that had no gradient in the step before, the hypergradient is 0.
 
     Args:
         params: parameters, named parameters, or dicts that define param groups; fp32, fp64, fp16 or bf16, dense, any
-            strides, those of a group on one device. A group may have its own ``stack``, or its own values for arguments
-            of the first level (``{"params": ..., "lr": 1e-2}``), and has hyperparameters of its own in any case.
+            strides, those of a group on one device. A group may have its own ``stack``, or its own values for
+            arguments of the first level (``{"params": ..., "lr": 1e-2}``), and has hyperparameters of its own in any
+            case.
         stack: a level or a stack of levels, as ``hx.Adam(lr=1e-3) / hx.SGD(lr=1e-5)``.
         maximize: maximise the objective instead of minimising it; for the whole tower. Default: False.
 
-    State, in ``opt.state[p]``: ``step`` (updates made) and ``tick`` (the step of the tower that the last one belongs to),
-    both int64 of no dimension; the rule's state, and, where the next hypergradient needs it, ``last_grad``, each of the
-    parameter's shape in fp32 (fp64 for fp64 parameters). If a learned hyperparameter reaches the state (Adam's betas),
-    the state is that *before* the update that ``last_grad`` made: it is advanced in the next step.
+    State, in ``opt.state[p]``: ``step`` (updates made) and ``tick`` (the step of the tower that the last one belongs
+    to), both int64 of no dimension; the rule's state, and, where the next hypergradient needs it, ``last_grad``, each
+    of the parameter's shape in fp32 (fp64 for fp64 parameters). If a learned hyperparameter reaches the state (Adam's
+    betas), the state is that *before* the update that ``last_grad`` made: it is advanced in the next step.
 
     Current values are in ``param_groups`` by name (``"lr"``, ``"beta1"``, ...) for the first level and in
     :meth:`hyperparameters` for all: float64 tensors of no dimension on the parameters' device. They may be written to
@@ -270,43 +271,44 @@ class HyperOptimizer(Optimizer):
         Raises:
             ValueError: the state dict is of another stack, or of parameters of other shapes. Nothing is changed then.
         """
-        kept = [(group["stack"], group["tower"]) for group in self.param_groups]
+        own = [(group["stack"], group["tower"]) for group in self.param_groups]
         loaded: dict[str, Any] = {}
-
-        def groups() -> list[dict[str, Any]]:
-            return self.param_groups
 
         def check(_: Optimizer, incoming: dict[str, Any]) -> None:
             self._check_state_dict(incoming)
             loaded.update(incoming)
 
-        def restore(_: Optimizer) -> None:
-            # Optimizer.load_state_dict has put the saved towers in place of those that hyperparameters() gave views of,
-            # shares the caller's tensors, and casts state to the parameter's dtype.
-            edited = [{name: group[name] for name in stack[0].values()} for group, (stack, _) in zip(groups(), kept)]
-            for group, (stack, tower) in zip(groups(), kept):
-                tower.copy_(group["tower"])
-                group.update(stack=stack, tower=tower)
-            self._attach()
-            for group, values in zip(self._groups, edited):
-                for name, live in group.hyperparameters[0].items():
-                    live.fill_(values[name])
-            ids = [i for group in loaded["param_groups"] for i in group["params"]]
-            for i, p in zip(ids, [p for group in groups() for p in group["params"]]):
-                for name, value in loaded["state"].get(i, {}).items():
-                    like = p if value.shape == p.shape else value
-                    new = torch.empty_like(like, dtype=_state_dtype(p, name), device=p.device, requires_grad=False)
-                    self.state[p][name] = new.copy_(value)
-
         hooks = [
             self.register_load_state_dict_pre_hook(check),  # last: sees what the caller's own hooks made of it
-            self.register_load_state_dict_post_hook(restore, prepend=True),
+            self.register_load_state_dict_post_hook(lambda _: self._restore(own, loaded), prepend=True),
         ]
         try:
             super().load_state_dict(state_dict)
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _restore(self, own: list[tuple[Stack, Tensor]], loaded: dict[str, Any]) -> None:
+        """Mends what Optimizer.load_state_dict does to towers and state.
+
+        It puts the saved towers in the place of those that hyperparameters() gave views of, shares the caller's
+        tensors, and casts state to the parameter's dtype.
+        """
+        saved = [dict(group) for group in self.param_groups]
+        for group, (stack, tower) in zip(self.param_groups, own, strict=True):
+            tower.copy_(group["tower"])
+            group.update(stack=stack, tower=tower)
+        self._attach()
+        for attached, values in zip(self._groups, saved, strict=True):
+            for name, live in attached.hyperparameters[0].items():
+                live.fill_(values.get(name, live))  # the caller may have edited them
+        keys = [key for group in loaded["param_groups"] for key in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for key, p in zip(keys, params, strict=True):
+            for name, value in loaded["state"].get(key, {}).items():
+                like = p if value.shape == p.shape else value
+                state = torch.empty_like(like, dtype=_state_dtype(p, name), device=p.device, requires_grad=False)
+                self.state[p][name] = state.copy_(value)
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         saved_groups = state_dict["param_groups"]
@@ -318,7 +320,8 @@ class HyperOptimizer(Optimizer):
             ours = group["stack"].structure()
             if saved.get("stack") != ours:
                 raise ValueError(
-                    f"state_dict: param group {i} is of the stack {saved.get('stack')!r}, but this optimizer's is {ours!r}"
+                    f"state_dict: param group {i} is of the stack {saved.get('stack')!r}, "
+                    f"but this optimizer's is {ours!r}"
                 )
             if len(saved["params"]) != len(group["params"]):
                 raise ValueError(
@@ -336,14 +339,15 @@ class HyperOptimizer(Optimizer):
                     continue
                 if sorted(state) != sorted(names):
                     raise ValueError(
-                        f"state_dict: the state of parameter {j} of group {i} holds {', '.join(state)}, not {', '.join(names)}"
+                        f"state_dict: the state of parameter {j} of group {i} holds {', '.join(state)}, "
+                        f"not {', '.join(names)}"
                     )
                 for name, value in state.items():
                     shape = () if name in ("step", "tick") else p.shape
                     if value.shape != shape:
                         raise ValueError(
-                            f"state_dict: {name} of parameter {j} of group {i} has the shape {tuple(value.shape)}, but the "
-                            f"parameter needs {tuple(shape)}"
+                            f"state_dict: {name} of parameter {j} of group {i} has the shape {tuple(value.shape)}, "
+                            f"but the parameter needs {tuple(shape)}"
                         )
 
     def __repr__(self) -> str:

@@ -33,7 +33,7 @@ def _known(level: str, argument: str, names: Sequence[str], known: Sequence[str]
 
 @dataclass(frozen=True, eq=False)
 class Level:
-    """One level of a tower: an update rule, the start values of its hyperparameters, and how the level above tunes them.
+    """One level of a tower: an update rule, the start values of its hyperparameters, and how they are tuned.
 
     Args:
         learn: names of the hyperparameters that the level above tunes, one name or several; ``None`` is all that

@@ -79,7 +79,7 @@ def level_of(rule: str, hyper: dict[str, float], **kw: Any) -> hx.Level:
 
 @st.composite
 def levels(draw: st.DrawFn, lr: float) -> hx.Level:
-    """A level of any rule, with a step size up to `lr`, learning any subset of its hyperparameters in any coordinate."""
+    """A level of any rule, with a step size up to `lr`, that learns any of its hyperparameters in any coordinate."""
     rule = draw(st.sampled_from(sorted(RULE_CASES)))
     case = RULE_CASES[rule]
     hyper = {name: value if name != "lr" else lr * draw(st.floats(0.1, 1.0)) for name, value in case.hyper.items()}

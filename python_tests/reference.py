@@ -1,7 +1,7 @@
 """The independent truth: every rule in eager torch ops, and a tower of them built of plain autograd.
 
-Nothing here knows of csrc. ``ReferenceTower`` is the method as the paper states it: the last update of every level is part
-of the graph of the loss, and everything that the update read is detached.
+Nothing here knows of csrc. ``ReferenceTower`` is the method as the paper states it: the last update of every level is
+part of the graph of the loss, and everything that the update read is detached.
 """
 
 from __future__ import annotations

@@ -182,7 +182,6 @@ def test_opcheck(case, learn):
     plain = [p.detach().clone() for p in params]
     tower, mask = opt.param_groups[0]["tower"], opt.stack[0].learn_mask()
     lists = lists_of(opt, params)
-    state, record, steps, ticks = lists
     check = torch.library.opcheck
     check(getattr(OPS, f"{case.rule}_hypergradient").default, (plain, grads, *lists, tower, mask, 1.0))
     check(getattr(OPS, f"{case.rule}_step_").default, (plain, grads, *lists, tower, mask, 1.0))

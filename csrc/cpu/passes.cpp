@@ -67,8 +67,8 @@ class Batch {
     const bool dense = param.is_non_overlapping_and_dense();
     if (dense && (t.is_same(param) || t.strides() == param.strides())) return t.data_ptr();
     if (!dense && t.is_contiguous()) return t.data_ptr();
-    at::Tensor copy = dense ? at::empty_strided(param.sizes(), param.strides(), t.options())
-                            : at::empty(param.sizes(), t.options());
+    at::Tensor copy =
+        dense ? at::empty_strided(param.sizes(), param.strides(), t.options()) : at::empty(param.sizes(), t.options());
     copy.copy_(t);
     if (written) write_back_.emplace_back(t, copy);
     copies_.push_back(copy);
@@ -183,8 +183,8 @@ void check(const Rule& rule, const Lists& lists, Mask learn) {
   const unsigned record = rule.set_for(learn).record;
   const std::size_t records = std::size_t(count(record & (kGrad | kParam)));
   const auto length = [&](const char* name, at::TensorList list, std::size_t expected) {
-    TORCH_CHECK_VALUE(list.size() == expected, name, " must hold ", expected, " tensors for rule '", rule.name, "' and ", n,
-                      " params, not ", list.size());
+    TORCH_CHECK_VALUE(list.size() == expected, name, " must hold ", expected, " tensors for rule '", rule.name,
+                      "' and ", n, " params, not ", list.size());
   };
   length("grads", lists.grads, n);
   length("state", lists.state, n * rule.state.size());
@@ -195,13 +195,15 @@ void check(const Rule& rule, const Lists& lists, Mask learn) {
   TORCH_CHECK_VALUE(tower.dim() == 2 && tower.scalar_type() == at::kDouble && tower.is_contiguous() &&
                         (tower.size(0) == 1 || tower.size(0) == std::int64_t(n)) &&
                         tower.size(1) >= kHeader + 4 * std::int64_t(rule.hypers.size()),
-                    "tower must be a contiguous float64 tensor [1 or ", n, ", width] that holds rule '", rule.name, "'");
-  const auto fits = [](const char* name, std::size_t i, const at::Tensor& t, const at::Tensor& param, at::ScalarType type) {
+                    "tower must be a contiguous float64 tensor [1 or ", n, ", width] that holds rule '", rule.name,
+                    "'");
+  const auto fits = [](const char* name, std::size_t i, const at::Tensor& t, const at::Tensor& param,
+                       at::ScalarType type) {
     TORCH_CHECK_VALUE(t.layout() == at::kStrided, name, "[", i, "] is ", t.layout(),
                       ", but only dense tensors are supported; for an embedding, use sparse=False");
     TORCH_CHECK_VALUE(t.scalar_type() == type, name, "[", i, "] must be ", type, ", not ", t.scalar_type());
-    TORCH_CHECK_VALUE(t.sizes() == param.sizes(), name, "[", i, "] must have the shape of its parameter, ", param.sizes(),
-                      ", not ", t.sizes());
+    TORCH_CHECK_VALUE(t.sizes() == param.sizes(), name, "[", i, "] must have the shape of its parameter, ",
+                      param.sizes(), ", not ", t.sizes());
     TORCH_CHECK_VALUE(t.device() == param.device(), name, "[", i, "] must be on the device of its parameter, ",
                       param.device(), ", not ", t.device());
   };
@@ -249,7 +251,8 @@ at::Tensor hypergradient_cpu(const Rule& rule, const Lists& lists, Mask learn, d
   for (std::size_t chunk = 0; chunk < batch.chunks(); ++chunk)
     for (std::size_t k = 0; k < columns; ++k) {
       const int hyper = direction(set.mask, int(k));
-      if (learn & bit(hyper)) sums[std::size_t(batch.item_of(chunk).row) * hypers + hyper] += partial[chunk * columns + k];
+      if (learn & bit(hyper))
+        sums[std::size_t(batch.item_of(chunk).row) * hypers + hyper] += partial[chunk * columns + k];
     }
   return result;
 }
@@ -305,8 +308,8 @@ void settle_cpu(const Rule& rule, const Lists& lists, Mask learn) {
   batch.finish();
 }
 
-void update_cpu(const Rule& rule, at::TensorList params, at::TensorList grads, at::TensorList state, const double* hyper,
-                double step) {
+void update_cpu(const Rule& rule, at::TensorList params, at::TensorList grads, at::TensorList state,
+                const double* hyper, double step) {
   const LearnedSet& set = rule.set_for(0);
   const std::size_t n = params.size();
   Batch batch(n);

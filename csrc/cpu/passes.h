@@ -9,12 +9,12 @@ namespace hyperopt_ext {
 
 // The tensors of one pass; every list is in the order of `params`.
 struct Lists {
-  at::TensorList params;  // n tensors, any strides, fp32, fp64, fp16 or bf16
-  at::TensorList grads;   // n, as params
-  at::TensorList state;   // states * n, slot after slot; the parameter's shape, in its arithmetic type
-  at::TensorList record;  // records * n: last_grad (as state), then last_param (as params), where the rule keeps them
-  at::TensorList steps;   // n, int64 [], updates made
-  at::TensorList ticks;   // n, int64 [], the tower's tick at which the last update was made; -1: none is on record
+  at::TensorList params;    // n tensors, any strides, fp32, fp64, fp16 or bf16
+  at::TensorList grads;     // n, as params
+  at::TensorList state;     // states * n, slot after slot; the parameter's shape, in its arithmetic type
+  at::TensorList record;    // records * n: last_grad (as state), then last_param (as params), where the rule keeps them
+  at::TensorList steps;     // n, int64 [], updates made
+  at::TensorList ticks;     // n, int64 [], the tower's tick at which the last update was made; -1: none is on record
   const at::Tensor& tower;  // float64 [1 or n, width], see tower.h
 };
 
@@ -33,8 +33,8 @@ void step_cpu(const Rule& rule, const Lists& lists, Mask learn, double scale);
 void settle_cpu(const Rule& rule, const Lists& lists, Mask learn);
 
 // One step on tensors of its own, with given values: params and state are written.
-void update_cpu(const Rule& rule, at::TensorList params, at::TensorList grads, at::TensorList state, const double* hyper,
-                double step);
+void update_cpu(const Rule& rule, at::TensorList params, at::TensorList grads, at::TensorList state,
+                const double* hyper, double step);
 
 // sums [hypers] += d <grad_params, updated params> / d hyper, from the inputs of a step.
 void backward_cpu(const Rule& rule, at::TensorList grad_params, at::TensorList params, at::TensorList grads,

@@ -61,5 +61,4 @@ struct Registration {
 #define HX_JOIN_(a, b) a##b
 #define HX_JOIN(a, b) HX_JOIN_(a, b)
 #undef HX_REGISTER_RULE
-#define HX_REGISTER_RULE(...) \
-  static const ::hyperopt_ext::Registration<__VA_ARGS__> HX_JOIN(registration, __COUNTER__);
+#define HX_REGISTER_RULE(...) static const ::hyperopt_ext::Registration<__VA_ARGS__> HX_JOIN(registration, __COUNTER__);

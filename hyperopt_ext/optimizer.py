@@ -126,8 +126,8 @@ class HyperOptimizer(Optimizer):
     betas), the state is that *before* the update that ``last_grad`` made: it is advanced in the next step.
 
     Current values are in ``param_groups`` by name (``"lr"``, ``"beta1"``, ...) for the first level and in
-    :meth:`hyperparameters` for all: float64 tensors of no dimension on the parameters' device. They may be written to
-    (``group["lr"].fill_(0.1)``); the next step starts from what it finds. A step whose hypergradient is not finite
+    :meth:`hyperparameters` for all: float64 tensors of no dimension on the parameters' device. They may be written
+    to (``group["lr"].fill_(0.1)``); the next step starts from what it finds. A step whose hypergradient is not finite
     changes nothing; :meth:`skipped_steps` counts them.
 
     Raises:

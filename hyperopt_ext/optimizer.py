@@ -151,7 +151,7 @@ class HyperOptimizer(Optimizer):
         return stack
 
     def hyperparameters(self, group: int = 0) -> list[dict[str, Tensor]]:
-        """The current values in a param group, one dict a level, level 0 first: live float64 tensors of no dimension."""
+        """The current values in a param group, one dict a level, level 0 first: live float64 0-d tensors."""
         return [dict(level) for level in self._groups[group].hyperparameters]
 
     def skipped_steps(self, group: int = 0) -> Tensor:

@@ -4,13 +4,16 @@
 //
 //   prepare(h, step) -> pack          once a step, in double: bias corrections, powers, whatever no element changes
 //   penalty(p, w) -> term             what the rule adds to the gradient (coupled weight decay): e = g + term
-//   advance(p, e, s...) -> pack      the state after the step
-//   change(p, e, w, s...) -> delta    w_new - w_old, from the state *after* the step
+//   advance(p, e, s...) -> pack      the state after the step, and what else change() needs to know of the state before
+//   change(p, e, w, s...) -> delta    w_new - w_old, from all that advance() returned
+//
+// What advance() returns beyond the state is not stored (Lion's direction, Adadelta's step: they are made of a state that
+// the same step replaces).
 //
 // From these four the library instantiates the update, the hypergradient and the scalar tower. `sets` names the learned
-// sets to specialise, smallest first (none and all come by themselves; any other set uses the smallest that holds it). Which hyperparameters
-// reach the state, and what of the last step has to be kept for the next hypergradient, is read off the types
-// (RecordOf below), so a rule declares neither. See rules/adam.h for a complete rule.
+// sets to specialise, smallest first (none and all come by themselves; any other set uses the smallest that holds it).
+// Which hyperparameters reach the state, and what of the last step has to be kept for the next hypergradient, is read off
+// the types (RecordOf below), so a rule declares neither. See rules/adam.h for a complete rule.
 #pragma once
 
 #include <array>
@@ -98,6 +101,12 @@ struct MaskOf<std::tuple<S...>> {
   static constexpr Mask value = (Mask(0) | ... | S::mask);
 };
 
+// change() of the parameter and the gradient to probe, given as many constants as advance() returns.
+template <class R, class P, std::size_t... I>
+auto probe_change(std::index_sequence<I...>)
+    -> decltype(R::change(std::declval<P>(), std::declval<Dual<double, kProbeGrad>>(),
+                          std::declval<Dual<double, kProbeParam>>(), ((void)I, std::declval<Dual<double, 0>>())...));
+
 template <class R, Mask S, std::size_t... I>
 constexpr unsigned record_of(std::index_sequence<I...>) {
   using T = double;
@@ -106,10 +115,10 @@ constexpr unsigned record_of(std::index_sequence<I...>) {
   using Penalty = decltype(R::penalty(std::declval<P>(), std::declval<C>()));
   using E = Dual<T, Penalty::mask & S>;
   using State = decltype(R::advance(std::declval<P>(), std::declval<E>(), ((void)I, std::declval<C>())...));
-  using Change = decltype(R::change(std::declval<P>(), std::declval<Dual<T, kProbeGrad>>(),
-                                    std::declval<Dual<T, kProbeParam>>(), ((void)I, std::declval<C>())...));
-  static_assert(std::tuple_size<State>::value == R::state.size(), "advance() must return one value for each state");
-  const bool deferred = (MaskOf<State>::value & S) != 0;
+  constexpr std::size_t returned = std::tuple_size<State>::value;
+  using Change = decltype(probe_change<R, P>(std::make_index_sequence<returned>{}));
+  static_assert(returned >= R::state.size(), "advance() must return one value for each state");
+  const bool deferred = (MaskOf<State>::value & S) != 0 || returned > R::state.size();
   const bool grad = deferred || (Change::mask & kProbeGrad) != 0 || (Penalty::mask & S) != 0;
   const bool param = (Change::mask & kProbeParam) != 0;
   return S == 0 ? kNothing : (grad ? kGrad : 0u) | (deferred ? kDeferred : 0u) | (param ? kParam : 0u);

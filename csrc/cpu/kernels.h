@@ -78,14 +78,14 @@ struct Elements {
   }
 };
 
-// The rule's functions over a packed state.
-template <class R, class P, class E, class... S, std::size_t... I>
-HX_FN auto advance(const P& p, const E& e, const std::tuple<S...>& state, std::index_sequence<I...>) {
+// The rule's functions over what advance() returns. advance() itself reads the state at the front of that.
+template <class R, class P, class E, class State, std::size_t... I>
+HX_FN auto advance(const P& p, const E& e, const State& state, std::index_sequence<I...>) {
   return R::advance(p, e, std::get<I>(state)...);
 }
-template <class R, class P, class E, class... S>
-HX_FN auto advance(const P& p, const E& e, const std::tuple<S...>& state) {
-  return advance<R>(p, e, state, std::index_sequence_for<S...>{});
+template <class R, class P, class E, class State>
+HX_FN auto advance(const P& p, const E& e, const State& state) {
+  return advance<R>(p, e, state, std::make_index_sequence<R::state.size()>{});
 }
 template <class R, class P, class E, class W, class... S, std::size_t... I>
 HX_FN auto change(const P& p, const E& e, const W& w, const std::tuple<S...>& state, std::index_sequence<I...>) {

@@ -225,6 +225,22 @@ HX_FN Dual<T, A | B> where(bool condition, const Dual<T, A>& a, const Dual<T, B>
   return result;
 }
 
+// The larger one, with its tangents; of equal ones, a with a's. A NaN in either is the result.
+template <class T, Mask A, Mask B>
+HX_FN Dual<T, A | B> max(const Dual<T, A>& a, const Dual<T, B>& b) {
+  return where(a.value >= b.value || a.value != a.value, a, b);
+}
+template <class T, Mask A>
+HX_FN Dual<T, A> max(const Dual<T, A>& a, double b) {
+  return max(a, constant(T(b)));
+}
+
+// -1, 0 or 1, or NaN of a NaN. The slope is 0 everywhere, at the jump, too: no tangent passes.
+template <class T, Mask A>
+HX_FN Dual<T, 0> sign(const Dual<T, A>& a) {
+  return {a.value > T(0) ? T(1) : a.value < T(0) ? T(-1) : a.value};
+}
+
 // The same number in another precision.
 template <class To, class From, Mask A>
 HX_FN Dual<To, A> to(const Dual<From, A>& a) {

@@ -7,10 +7,25 @@ opt = hx.HyperOptimizer(model.parameters(), hx.Adam(lr=1e-3) / hx.SGD(lr=1e-5))
 import torch  # the extension module needs its libraries
 
 from hyperopt_ext import compat, functional
-from hyperopt_ext.levels import SGD, Adam
+from hyperopt_ext.levels import SGD, AdaBelief, Adadelta, Adagrad, Adam, AdamW, AMSGrad, Lion, RMSprop
 from hyperopt_ext.optimizer import HyperOptimizer
 from hyperopt_ext.stack import Level, Stack
 
 del torch
 
-__all__ = ["SGD", "Adam", "HyperOptimizer", "Level", "Stack", "compat", "functional"]
+__all__ = [
+    "SGD",
+    "AMSGrad",
+    "AdaBelief",
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "HyperOptimizer",
+    "Level",
+    "Lion",
+    "RMSprop",
+    "Stack",
+    "compat",
+    "functional",
+]

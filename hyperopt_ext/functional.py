@@ -5,6 +5,8 @@ iteration leaves the hypergradient in ``hyper["lr"].grad``. Its detach points ar
 state count as constants, one step back and no further. :class:`hyperopt_ext.HyperOptimizer` computes the same numbers
 without a graph.
 
+There is one function for each class of levels, by its name in lower case: ``adam``, ``sgd``, ``rmsprop``, ...
+
     >>> w, lr = torch.ones(3), torch.tensor(0.1, requires_grad=True)
     >>> [w1], _ = hx.functional.sgd([w], [w], None, {"lr": lr}, torch.tensor(1))
     >>> (w1**2).sum().backward()
@@ -14,60 +16,67 @@ without a graph.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from hyperopt_ext.stack import RULES
+from hyperopt_ext import levels
+from hyperopt_ext.stack import RULES, Level
 
 State = dict[str, list[Tensor]]
 
 
-def adam(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    state: Mapping[str, Sequence[Tensor]] | None,
-    hyper: Mapping[str, Tensor],
-    step: Tensor,
-) -> tuple[list[Tensor], State]:
-    """One step of Adam (Kingma & Ba, ICLR 2015) with the conventions of ``torch.optim.Adam``.
+_DOC = """One step of {name}, as :class:`hyperopt_ext.{name}` makes it.
 
-    Args:
-        params: n dense tensors, fp32, fp64, fp16 or bf16.
-        grads: their gradients, of the same shapes and dtypes.
-        state: ``exp_avg`` and ``exp_avg_sq``, n tensors each, of the parameters' shapes, fp64 for fp64 parameters and
-            fp32 else. ``None`` stands for zeros.
-        hyper: any of ``lr``, ``beta1``, ``beta2``, ``eps`` and ``weight_decay``, as floating-point tensors of one
-            number; the others are at their defaults.
-        step: the number of this step, from 1, a tensor of one number.
+Args:
+    params: n dense tensors, fp32, fp64, fp16 or bf16.
+    grads: their gradients, of the same shapes and dtypes.
+    state: for each state tensor of the method, n tensors of the parameters' shapes, fp64 for fp64 parameters and fp32
+        else. ``None`` stands for zeros.
+    hyper: the hyperparameters of the method by name (``lr``, ``beta1``, ...), as floating-point tensors of one number;
+        what is not named is at its default.
+    step: the number of this step, from 1, a tensor of one number.
+{structure}
+Returns:
+    The new parameters, differentiable with respect to ``hyper``, and the new state, which is not.
 
-    Returns:
-        The new parameters, differentiable with respect to ``hyper``, and the new state, which is not.
-
-    Raises:
-        TypeError: a hyperparameter or ``step`` is not a tensor.
-        ValueError: an unknown hyperparameter or state, or tensors that do not match.
-    """
-    return _update("adam", params, grads, state, hyper, step)
+Raises:
+    TypeError: a hyperparameter or ``step`` is not a tensor.
+    ValueError: an unknown hyperparameter or state, or tensors that do not match.
+"""
 
 
-def sgd(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    state: Mapping[str, Sequence[Tensor]] | None,
-    hyper: Mapping[str, Tensor],
-    step: Tensor,
-    *,
-    nesterov: bool = False,
-) -> tuple[list[Tensor], State]:
-    """One step of SGD with the conventions of ``torch.optim.SGD``; arguments as for :func:`adam`.
+def _step_of(spec: type[Level]) -> Callable[..., tuple[list[Tensor], State]]:
+    known, function = spec.structural(), spec.__name__.lower()
 
-    There is momentum if ``hyper`` names ``momentum`` or ``dampening``, or with ``nesterov``; then the state is
-    ``momentum_buffer``. Without, ``hyper`` may name ``lr`` and ``weight_decay``, and the state is empty.
-    """
-    rule = "sgd_nesterov" if nesterov else "sgd_momentum" if {"momentum", "dampening"} & set(hyper) else "sgd"
-    return _update(rule, params, grads, state, hyper, step)
+    def update(
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        state: Mapping[str, Sequence[Tensor]] | None,
+        hyper: Mapping[str, Tensor],
+        step: Tensor,
+        **structure: bool,
+    ) -> tuple[list[Tensor], State]:
+        for name in structure:
+            if name not in known:
+                raise TypeError(f"{function} has no argument {name!r}")
+        return _update(spec.rule_for(list(hyper), **structure), params, grads, state, hyper, step)
+
+    arguments = f"    {', '.join(known)}: the variant of the method, as there.\n" if known else ""
+    if spec.optional:
+        arguments += f"\nThere is {', '.join(spec.optional)} if ``hyper`` names it.\n"
+    update.__name__ = update.__qualname__ = function
+    update.__doc__ = _DOC.format(name=spec.__name__, structure=arguments)
+    return update
+
+
+_METHODS = {spec.__name__.lower(): _step_of(spec) for spec in levels.methods()}
+globals().update(_METHODS)
+
+
+def __getattr__(name: str) -> Callable[..., tuple[list[Tensor], State]]:
+    raise AttributeError(f"hyperopt_ext.functional has no {name!r}; it has {', '.join(_METHODS)}")
 
 
 def _update(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, field
 
 from hyperopt_ext.stack import Level
 
@@ -25,17 +27,17 @@ class SGD(Level):
     State per parameter: ``momentum_buffer`` if there is momentum.
     """
 
+    optional = ("momentum",)
+
     lr: float = 1e-3
     momentum: float = 0.0
     dampening: float = 0.0
     weight_decay: float = 0.0
     nesterov: bool = False
 
-    @property
-    def rule(self) -> str:
-        if self.nesterov:
-            return "sgd_nesterov"
-        return "sgd_momentum" if self.momentum != 0 or {"momentum", "dampening"} & set(self.learn or ()) else "sgd"
+    @classmethod
+    def rule_for(cls, names: Collection[str], nesterov: bool = False, **structure: bool) -> str:
+        return "sgd_nesterov" if nesterov else "sgd_momentum" if {"momentum", "dampening"} & set(names) else "sgd"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,7 +46,129 @@ class SGD(Level):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Adam(Level):
+class Adagrad(Level):
+    """Adagrad (Duchi, Hazan & Singer, JMLR 2011), as in ``torch.optim.Adagrad``.
+
+    Every element is divided by the root of the sum of all its squared gradients.
+
+    Args:
+        lr: step size, >= 0. Default: 1e-2.
+        lr_decay: at step t, from 1, lr is divided by 1 + (t - 1) lr_decay; >= 0. Default: 0.
+        weight_decay: coupled weight decay (L2 penalty), >= 0. Default: 0.
+        initial_accumulator_value: what the sum starts from, >= 0. Default: 0.
+        eps: added to the denominator, outside the root, >= 0. Default: 1e-10.
+        eps_root: added to the sum, inside the root, >= 0; torch has none. Default: 0.
+        learn, space, bounds, initial_state: see :class:`Level`. Learned by default: lr.
+
+    State per parameter: ``sum``.
+    """
+
+    lr: float = 1e-2
+    lr_decay: float = 0.0
+    weight_decay: float = 0.0
+    initial_accumulator_value: float = 0.0
+    eps: float = 1e-10
+    eps_root: float = field(default=0.0, kw_only=True)
+
+    @classmethod
+    def rule_for(cls, names: Collection[str], **structure: bool) -> str:
+        return "adagrad"
+
+    def start(self) -> dict[str, float]:
+        return {"sum": float(self.initial_state.get("sum", self.initial_accumulator_value))}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        value = self.initial_accumulator_value
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"Adagrad: initial_accumulator_value must be a number, not {value!r}")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"Adagrad: initial_accumulator_value must be in [0, inf), not {value!r}")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Adadelta(Level):
+    """Adadelta (Zeiler, arXiv:1212.5701, Algorithm 1), as in ``torch.optim.Adadelta``.
+
+    Every element is divided by the root mean square of its gradients and multiplied by that of its updates.
+
+    Args:
+        lr: factor of the update, >= 0. Default: 1, the method itself.
+        rho: decay rate of both running averages, in [0, 1). Default: 0.9.
+        eps: added to both averages, inside the roots, >= 0. Default: 1e-6.
+        weight_decay: coupled weight decay (L2 penalty), >= 0. Default: 0.
+        learn, space, bounds, initial_state: see :class:`Level`. Learned by default: lr and rho.
+
+    State per parameter: ``square_avg`` and ``acc_delta``.
+    """
+
+    lr: float = 1.0
+    rho: float = 0.9
+    eps: float = 1e-6
+    weight_decay: float = 0.0
+
+    @classmethod
+    def rule_for(cls, names: Collection[str], **structure: bool) -> str:
+        return "adadelta"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RMSprop(Level):
+    """RMSprop (Tieleman & Hinton, Neural Networks for Machine Learning, lecture 6.5, 2012), as ``torch.optim.RMSprop``.
+
+    Args:
+        lr: step size, >= 0. Default: 1e-2.
+        alpha: decay rate of the running averages, in [0, 1); gamma in Chandra et al. Default: 0.99.
+        eps: added to the denominator, outside the root, >= 0. Default: 1e-8.
+        weight_decay: coupled weight decay (L2 penalty), >= 0. Default: 0.
+        momentum: factor of the momentum buffer, in [0, 1). Default: 0, without a buffer.
+        centered: divide by the root of an estimate of the gradient's variance instead of its second moment (Graves,
+            arXiv:1308.0850). An estimate below 0, which rounding can make, counts as 0. Default: False.
+        eps_root: added to what the root is taken of, >= 0; torch has none. Default: 0.
+        learn, space, bounds, initial_state: see :class:`Level`. Learned by default: lr and alpha.
+
+    State per parameter: ``square_avg``, ``grad_avg`` if centered, and ``momentum_buffer`` if there is momentum.
+    """
+
+    optional = ("momentum",)
+
+    lr: float = 1e-2
+    alpha: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    centered: bool = False
+    eps_root: float = field(default=0.0, kw_only=True)
+
+    @classmethod
+    def rule_for(cls, names: Collection[str], centered: bool = False, **structure: bool) -> str:
+        return "rmsprop" + "_centered" * centered + "_momentum" * ("momentum" in names)
+
+
+class _Betas(Level):
+    """A level whose argument ``betas`` holds two hyperparameters."""
+
+    betas: tuple[float, float]
+
+    @property
+    def beta1(self) -> float:
+        return self.betas[0]
+
+    @property
+    def beta2(self) -> float:
+        return self.betas[1]
+
+    def __post_init__(self) -> None:
+        try:
+            beta1, beta2 = self.betas
+        except (TypeError, ValueError):
+            raise TypeError(f"{type(self).__name__}: betas must be two numbers, not {self.betas!r}") from None
+        object.__setattr__(self, "betas", (beta1, beta2))
+        super().__post_init__()
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Adam(_Betas):
     """Adam (Kingma & Ba, ICLR 2015, Algorithm 1), as in ``torch.optim.Adam``.
 
     Args:
@@ -64,22 +188,135 @@ class Adam(Level):
     eps: float = 1e-8
     weight_decay: float = 0.0
 
-    @property
-    def rule(self) -> str:
+    @classmethod
+    def rule_for(cls, names: Collection[str], **structure: bool) -> str:
         return "adam"
 
-    @property
-    def beta1(self) -> float:
-        return self.betas[0]
 
-    @property
-    def beta2(self) -> float:
-        return self.betas[1]
+@dataclass(frozen=True, eq=False, repr=False)
+class AdamW(_Betas):
+    """AdamW (Loshchilov & Hutter, ICLR 2019, Algorithm 2), as in ``torch.optim.AdamW``.
 
-    def __post_init__(self) -> None:
-        try:
-            beta1, beta2 = self.betas
-        except (TypeError, ValueError):
-            raise TypeError(f"Adam: betas must be two numbers, not {self.betas!r}") from None
-        object.__setattr__(self, "betas", (beta1, beta2))
-        super().__post_init__()
+    Adam whose weight decay does not pass through the moments: w shrinks by the factor 1 - lr * weight_decay. So the
+    decay, too, is part of what a learned lr is judged by.
+
+    Args:
+        lr: step size, >= 0. Default: 1e-3.
+        betas: decay rates of the running averages of the gradient and of its square, each in [0, 1).
+            Default: (0.9, 0.999). Learned as ``beta1`` and ``beta2``.
+        eps: added to the denominator, outside the root, >= 0. Default: 1e-8.
+        weight_decay: decoupled weight decay, >= 0. Default: 1e-2.
+        learn, space, bounds, initial_state: see :class:`Level`. Learned by default: lr, beta1 and beta2.
+
+    State per parameter: ``exp_avg`` and ``exp_avg_sq``.
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 1e-2
+
+    @classmethod
+    def rule_for(cls, names: Collection[str], **structure: bool) -> str:
+        return "adamw"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AMSGrad(_Betas):
+    """AMSGrad (Reddi, Kale & Kumar, ICLR 2018, Algorithm 2), as ``torch.optim.Adam(amsgrad=True)``.
+
+    Adam that divides by the largest second moment so far, so that the step of an element never grows again. Where the
+    second moment does not exceed the largest one, the latter is a constant, and beta2 has no slope.
+
+    Args:
+        lr: step size, >= 0. Default: 1e-3.
+        betas: decay rates of the running averages of the gradient and of its square, each in [0, 1).
+            Default: (0.9, 0.999). Learned as ``beta1`` and ``beta2``.
+        eps: added to the denominator, outside the root, >= 0. Default: 1e-8.
+        weight_decay: coupled weight decay (L2 penalty), >= 0. Default: 0.
+        learn, space, bounds, initial_state: see :class:`Level`. Learned by default: lr, beta1 and beta2.
+
+    State per parameter: ``exp_avg``, ``exp_avg_sq`` and ``max_exp_avg_sq``.
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    @classmethod
+    def rule_for(cls, names: Collection[str], **structure: bool) -> str:
+        return "amsgrad"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AdaBelief(_Betas):
+    """AdaBelief (Zhuang et al., NeurIPS 2020, Algorithm 2), as in the authors' package ``adabelief-pytorch`` 0.2.
+
+    Adam that divides by the running average of the squared distance between the gradient and its average. The defaults
+    are that package's, rectification included, which the paper's algorithm does not have.
+
+    Args:
+        lr: step size, >= 0. Default: 1e-3.
+        betas: decay rates of the running averages of the gradient and of its squared distance from the first, each in
+            [0, 1). Default: (0.9, 0.999). Learned as ``beta1`` and ``beta2``.
+        eps: added to the second average itself, at every step, and to the denominator, outside the root; >= 0.
+            Default: 1e-16.
+        weight_decay: weight decay, >= 0. Default: 0.
+        weight_decouple: decoupled weight decay, w shrinks by the factor 1 - lr * weight_decay (as in AdamW); else
+            coupled (L2 penalty). Default: True.
+        rectify: rectified as RAdam (Liu et al., ICLR 2020): the first steps, fewer than beta2 needs for an estimate,
+            are SGD with momentum, and later ones are scaled by what the estimate is worth. Default: True.
+        learn, space, bounds, initial_state: see :class:`Level`. Learned by default: lr, beta1 and beta2.
+
+    The package's ``amsgrad``, ``fixed_decay`` and ``degenerated_to_sgd=False`` are not offered.
+
+    State per parameter: ``exp_avg`` and ``exp_avg_var``.
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-16
+    weight_decay: float = 0.0
+    weight_decouple: bool = True
+    rectify: bool = True
+
+    @classmethod
+    def rule_for(
+        cls, names: Collection[str], weight_decouple: bool = True, rectify: bool = True, **structure: bool
+    ) -> str:
+        return "adabelief" + "_rectified" * rectify + "_coupled" * (not weight_decouple)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Lion(_Betas):
+    """Lion (Chen et al., NeurIPS 2023, Algorithm 2), as in the package ``lion-pytorch``.
+
+    The update is lr times a sign, whose slope is 0 wherever it has one and, by definition here, at 0, too. So lr and
+    weight_decay can be learned, while the hypergradient of the betas is 0: to learn them is allowed and leaves them
+    where they are.
+
+    Args:
+        lr: step size, >= 0. Default: 1e-4.
+        betas: weight of the running average of the gradient in the direction of the update, and its decay rate, each
+            in [0, 1). Default: (0.9, 0.99). Learned as ``beta1`` and ``beta2``.
+        weight_decay: decoupled weight decay, >= 0: w shrinks by the factor 1 - lr * weight_decay. Default: 0.
+        learn, space, bounds, initial_state: see :class:`Level`. Learned by default: lr.
+
+    The package's ``decoupled_weight_decay`` (a decay that is not multiplied by lr) is not offered.
+
+    State per parameter: ``exp_avg``.
+    """
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+
+    @classmethod
+    def rule_for(cls, names: Collection[str], **structure: bool) -> str:
+        return "lion"
+
+
+def methods() -> list[type[Level]]:
+    """The classes of this module."""
+    return [c for name, c in globals().items() if isinstance(c, type) and c.__module__ == __name__ and name[0] != "_"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from hyperopt_ext import _C
-from hyperopt_ext.stack import RULES, Level, Stack
+from hyperopt_ext.stack import Level, Stack
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -25,7 +25,7 @@ def _state_dtype(p: Tensor, name: str) -> torch.dtype:
 
 def _new_tower(stack: Stack, device: torch.device) -> Tensor:
     values = [float(value) for level in stack for value in level.values().values()]
-    start = [value for level in stack for value in level.start()]
+    start = [value for level in stack for value in level.start().values()]
     return torch.tensor([_C.tower_row(stack.plan(), values, start)], dtype=torch.float64, device=device)
 
 
@@ -45,7 +45,7 @@ class _Group:
             {name: self.tower[0, start + i] for i, name in enumerate(level.values())}
             for start, level in zip(_C.tower_live(plan), stack, strict=True)
         ]
-        self.states = dict(zip(RULES[base.rule]["state"], base.start(), strict=True))
+        self.states = base.start()
         self.records = _C.record(base.rule, self.learn)
         ops = torch.ops.hyperopt_ext
         self.hypergradient = getattr(ops, f"{base.rule}_hypergradient").default
@@ -122,8 +122,10 @@ class HyperOptimizer(Optimizer):
 
     State, in ``opt.state[p]``: ``step`` (updates made) and ``tick`` (the step of the tower that the last one belongs
     to), both int64 of no dimension; the rule's state, and, where the next hypergradient needs it, ``last_grad``, each
-    of the parameter's shape in fp32 (fp64 for fp64 parameters). If a learned hyperparameter reaches the state (Adam's
-    betas), the state is that *before* the update that ``last_grad`` made: it is advanced in the next step.
+    of the parameter's shape in fp32 (fp64 for fp64 parameters), and ``last_param``, a copy of the parameter before its
+    last update (of rules with decoupled weight decay). If a learned hyperparameter reaches the state (Adam's betas), or
+    the update is made of a state that it replaces (Lion, Adadelta), the state is that *before* the update that
+    ``last_grad`` made: it is advanced in the next step.
 
     Current values are in ``param_groups`` by name (``"lr"``, ``"beta1"``, ...) for the first level and in
     :meth:`hyperparameters` for all: float64 tensors of no dimension on the parameters' device. They may be written

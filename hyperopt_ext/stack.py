@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, MISSING, Field, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from hyperopt_ext import _C
 
@@ -57,10 +57,29 @@ class Level:
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     initial_state: Mapping[str, float] = field(default_factory=dict)
 
+    # Hyperparameters without which (0 and not learned) the method is another rule, with less state.
+    optional: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def rule_for(cls, names: Collection[str], **structure: bool) -> str:
+        """The C++ rule of this method.
+
+        Args:
+            names: hyperparameters that it must have; what it has in any case need not be named.
+            structure: the arguments of the level that are not numbers, as ``nesterov=True``.
+        """
+        raise TypeError("Level is the base of the levels: use hx.SGD, hx.Adam, ...")
+
+    @classmethod
+    def structural(cls) -> tuple[str, ...]:
+        """The arguments that are not numbers but choose a variant of the method."""
+        return tuple(f.name for f in fields(cls) if isinstance(f.default, bool))
+
     @property
     def rule(self) -> str:
         """The name of the C++ rule that makes this level's updates."""
-        raise TypeError("Level is the base of the levels: use hx.SGD, hx.Adam, ...")
+        names = {*(self.learn or ()), *(name for name in self.optional if getattr(self, name) != 0)}
+        return self.rule_for(names, **{name: bool(getattr(self, name)) for name in self.structural()})
 
     def values(self) -> dict[str, float]:
         """The start value of each hyperparameter of the rule, in the rule's order."""
@@ -124,9 +143,9 @@ class Level:
             result.append((float(low), high * (1 - _OPEN_END) if open_end else float(high)))
         return result
 
-    def start(self) -> list[float]:
+    def start(self) -> dict[str, float]:
         """The start value of each state tensor of the rule."""
-        return [float(self.initial_state.get(name, 0.0)) for name in RULES[self.rule]["state"]]
+        return {name: float(self.initial_state.get(name, 0.0)) for name in RULES[self.rule]["state"]}
 
     def replace(self, **changes: Any) -> Level:
         """The same level with other arguments."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from adabelief_pytorch import AdaBelief
 from hypothesis import strategies as st
+from lion_pytorch import Lion
 
 import hyperopt_ext as hx
 
@@ -21,6 +24,7 @@ class Case:
     published: Callable[..., torch.optim.Optimizer]
     options: tuple[dict[str, Any], ...]
     hyper: dict[str, float]  # a generic point at which derivatives are tested
+    jumps: bool = False  # the update is not continuous in the gradient
 
     def __str__(self) -> str:
         return self.rule
@@ -64,6 +68,94 @@ CASES = [
         ),
         {"lr": 0.1, "beta1": 0.6, "beta2": 0.8, "eps": 1e-2, "weight_decay": 0.3},
     ),
+    Case(
+        "adamw",
+        hx.AdamW,
+        torch.optim.AdamW,
+        (
+            {},
+            {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-2, "weight_decay": 0.2},
+            {"lr": 0.1, "betas": (0.0, 0.9), "weight_decay": 0.0},
+            {"lr": 0.01, "betas": (0.9, 0.0), "eps": 0.1},
+        ),
+        {"lr": 0.1, "beta1": 0.6, "beta2": 0.8, "eps": 1e-2, "weight_decay": 0.3},
+    ),
+    Case(
+        "amsgrad",
+        hx.AMSGrad,
+        partial(torch.optim.Adam, amsgrad=True),
+        (
+            {},
+            {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-2, "weight_decay": 0.2},
+            {"lr": 0.1, "betas": (0.0, 0.9)},
+            {"lr": 0.01, "betas": (0.9, 0.0), "eps": 0.1},
+        ),
+        {"lr": 0.1, "beta1": 0.6, "beta2": 0.8, "eps": 1e-2, "weight_decay": 0.3},
+    ),
+    *(
+        Case(
+            "adabelief" + "_rectified" * rectify + "_coupled" * (not decouple),
+            partial(hx.AdaBelief, weight_decouple=decouple, rectify=rectify),
+            partial(AdaBelief, weight_decouple=decouple, rectify=rectify, print_change_log=False),
+            (
+                {},
+                {"lr": 0.01, "betas": (0.5, 0.9), "eps": 1e-2, "weight_decay": 0.2},
+                {"lr": 0.01, "betas": (0.0, 0.9), "eps": 0.1},
+                {"lr": 0.01, "betas": (0.9, 0.0), "eps": 0.1},
+            ),
+            {"lr": 0.1, "beta1": 0.6, "beta2": 0.8, "eps": 1e-2, "weight_decay": 0.3},
+        )
+        for rectify in (False, True)
+        for decouple in (False, True)
+    ),
+    Case(
+        "adagrad",
+        hx.Adagrad,
+        torch.optim.Adagrad,
+        (
+            {},
+            {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.2, "initial_accumulator_value": 0.3, "eps": 1e-2},
+        ),
+        {"lr": 0.1, "lr_decay": 0.2, "weight_decay": 0.3, "eps": 1e-2, "eps_root": 1e-2},
+    ),
+    Case(
+        "adadelta",
+        hx.Adadelta,
+        torch.optim.Adadelta,
+        ({}, {"lr": 0.5, "rho": 0.5, "eps": 1e-3, "weight_decay": 0.2}, {"rho": 0.0}),
+        {"lr": 0.1, "rho": 0.6, "eps": 1e-2, "weight_decay": 0.3},
+    ),
+    *(
+        Case(
+            "rmsprop" + "_centered" * centered + "_momentum" * bool(momentum),
+            partial(hx.RMSprop, centered=centered),
+            partial(torch.optim.RMSprop, centered=centered),
+            (
+                {**momentum},
+                {"lr": 0.01, "alpha": 0.9, "eps": 1e-2, "weight_decay": 0.2, **momentum},
+                {"lr": 0.01, "alpha": 0.1, "eps": 0.1, **momentum},
+            ),
+            {
+                **{"lr": 0.1, "alpha": 0.8, "eps": 1e-2, "weight_decay": 0.3, "eps_root": 1e-2},
+                **momentum,
+            },
+        )
+        for centered in (False, True)
+        for momentum in ({}, {"momentum": 0.6})
+    ),
+    Case(
+        "lion",
+        hx.Lion,
+        Lion,
+        (
+            {},
+            {"lr": 0.01, "betas": (0.5, 0.9), "weight_decay": 0.2},
+            {"lr": 0.01, "betas": (0.0, 0.9)},
+            {"lr": 0.01, "betas": (0.9, 0.0)},
+        ),
+        {"lr": 0.1, "beta1": 0.6, "beta2": 0.8, "weight_decay": 0.3},
+        jumps=True,
+    ),
 ]
 
 RULE_CASES = {case.rule: case for case in CASES}
@@ -77,10 +169,20 @@ def level_of(rule: str, hyper: dict[str, float], **kw: Any) -> hx.Level:
     return RULE_CASES[rule].make(**values, **kw)
 
 
+def structure_of(level: hx.Level) -> dict[str, bool]:
+    """The arguments that choose the level's variant of its method."""
+    return {name: getattr(level, name) for name in level.structural()}
+
+
 @st.composite
-def levels(draw: st.DrawFn, lr: float) -> hx.Level:
-    """A level of any rule, with a step size up to `lr`, that learns any of its hyperparameters in any coordinate."""
-    rule = draw(st.sampled_from(sorted(RULE_CASES)))
+def levels(draw: st.DrawFn, lr: float, below: hx.Level | None = None) -> hx.Level:
+    """A level of any rule, with a step size up to `lr`, that learns any of its hyperparameters in any coordinate.
+
+    None that jumps stands above one that learns betas: after the first step, bias correction makes their hypergradient
+    0, of which rounding leaves a number of any sign.
+    """
+    noisy = below is not None and {"beta1", "beta2"} & set(below.learn_names)
+    rule = draw(st.sampled_from(sorted(name for name, case in RULE_CASES.items() if not (noisy and case.jumps))))
     case = RULE_CASES[rule]
     hyper = {name: value if name != "lr" else lr * draw(st.floats(0.1, 1.0)) for name, value in case.hyper.items()}
     hyper["weight_decay"] = draw(st.sampled_from([0.0, 0.01]))
@@ -94,7 +196,9 @@ def levels(draw: st.DrawFn, lr: float) -> hx.Level:
 
 
 @st.composite
-def stacks(draw: st.DrawFn, max_height: int = 4) -> hx.Stack:
-    """A stack of up to `max_height` levels above the first."""
-    height = draw(st.integers(0, max_height))
-    return hx.Stack((draw(levels(0.05)), *(draw(levels(1e-3)) for _ in range(height))))
+def stacks(draw: st.DrawFn, min_height: int = 0, max_height: int = 4) -> hx.Stack:
+    """A stack of `min_height` to `max_height` levels above the first."""
+    stack = [draw(levels(0.05))]
+    for _ in range(draw(st.integers(min_height, max_height))):
+        stack.append(draw(levels(1e-3, below=stack[-1])))
+    return hx.Stack(stack)

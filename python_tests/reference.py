@@ -7,6 +7,7 @@ part of the graph of the loss, and everything that the update read is detached.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -45,11 +46,99 @@ def adam(w: Tensor, g: Tensor, s: State, h: State, step: int) -> tuple[Tensor, S
     return w - h["lr"] * m_hat / (safe_sqrt(v_hat) + h["eps"]), {"exp_avg": m, "exp_avg_sq": v}
 
 
+def adamw(w: Tensor, g: Tensor, s: State, h: State, step: int) -> tuple[Tensor, State]:
+    new, state = adam(w, g, s, {**h, "weight_decay": torch.zeros(())}, step)
+    return new - h["lr"] * h["weight_decay"] * w, state
+
+
+def larger(a: Tensor, b: Tensor) -> Tensor:
+    """The maximum, with the slope of `a` where they are equal, the library's convention."""
+    return torch.where(a >= b, a, b)
+
+
+def amsgrad(w: Tensor, g: Tensor, s: State, h: State, step: int) -> tuple[Tensor, State]:
+    g = g + h["weight_decay"] * w
+    m = h["beta1"] * s["exp_avg"] + (1 - h["beta1"]) * g
+    v = h["beta2"] * s["exp_avg_sq"] + (1 - h["beta2"]) * g * g
+    largest = larger(s["max_exp_avg_sq"], v)
+    m_hat = m / (1 - h["beta1"] ** step)
+    v_hat = largest / (1 - h["beta2"] ** step)
+    new = w - h["lr"] * m_hat / (safe_sqrt(v_hat) + h["eps"])
+    return new, {"exp_avg": m, "exp_avg_sq": v, "max_exp_avg_sq": largest}
+
+
+def adabelief(w: Tensor, g: Tensor, s: State, h: State, step: int, rectify=False, decouple=True):
+    if not decouple:
+        g = g + h["weight_decay"] * w
+    m = h["beta1"] * s["exp_avg"] + (1 - h["beta1"]) * g
+    v = h["beta2"] * s["exp_avg_var"] + (1 - h["beta2"]) * (g - m) ** 2 + h["eps"]
+    state = {"exp_avg": m, "exp_avg_var": v}
+    m_hat = m / (1 - h["beta1"] ** step)
+    if decouple:
+        w = w - h["lr"] * h["weight_decay"] * w
+    if not rectify:
+        return w - h["lr"] * m_hat / (safe_sqrt(v / (1 - h["beta2"] ** step)) + h["eps"]), state
+    limit = 2 / (1 - h["beta2"]) - 1
+    samples = limit - 2 * step * h["beta2"] ** step / (1 - h["beta2"] ** step)
+    if samples < 5:
+        return w - h["lr"] * m_hat, state
+    factor = (samples - 4) / (limit - 4) * (samples - 2) / samples * limit / (limit - 2)
+    factor = (factor * (1 - h["beta2"] ** step)).sqrt()
+    return w - h["lr"] * factor * m_hat / (safe_sqrt(v) + h["eps"]), state
+
+
+def adagrad(w: Tensor, g: Tensor, s: State, h: State, step: int) -> tuple[Tensor, State]:
+    g = g + h["weight_decay"] * w
+    total = s["sum"] + g * g
+    lr = h["lr"] / (1 + (step - 1) * h["lr_decay"])
+    return w - lr * g / (safe_sqrt(total + h["eps_root"]) + h["eps"]), {"sum": total}
+
+
+def adadelta(w: Tensor, g: Tensor, s: State, h: State, step: int) -> tuple[Tensor, State]:
+    g = g + h["weight_decay"] * w
+    square = h["rho"] * s["square_avg"] + (1 - h["rho"]) * g * g
+    delta = safe_sqrt(s["acc_delta"] + h["eps"]) / safe_sqrt(square + h["eps"]) * g
+    acc_delta = h["rho"] * s["acc_delta"] + (1 - h["rho"]) * delta * delta
+    return w - h["lr"] * delta, {"square_avg": square, "acc_delta": acc_delta}
+
+
+def rmsprop(w: Tensor, g: Tensor, s: State, h: State, step: int) -> tuple[Tensor, State]:
+    g = g + h["weight_decay"] * w
+    square = h["alpha"] * s["square_avg"] + (1 - h["alpha"]) * g * g
+    state, variance = {"square_avg": square}, square
+    if "grad_avg" in s:
+        state["grad_avg"] = mean = h["alpha"] * s["grad_avg"] + (1 - h["alpha"]) * g
+        variance = square - mean * mean
+    direction = g / (safe_sqrt(variance + h["eps_root"]) + h["eps"])
+    if "momentum_buffer" in s:
+        state["momentum_buffer"] = direction = h["momentum"] * s["momentum_buffer"] + direction
+    return w - h["lr"] * direction, state
+
+
+def lion(w: Tensor, g: Tensor, s: State, h: State, step: int) -> tuple[Tensor, State]:
+    direction = (h["beta1"] * s["exp_avg"] + (1 - h["beta1"]) * g).sign()
+    m = h["beta2"] * s["exp_avg"] + (1 - h["beta2"]) * g
+    return w - h["lr"] * (direction + h["weight_decay"] * w), {"exp_avg": m}
+
+
 TWINS: dict[str, Callable[..., tuple[Tensor, State]]] = {
     "sgd": sgd,
     "sgd_momentum": sgd_momentum,
     "sgd_nesterov": sgd_nesterov,
     "adam": adam,
+    "adamw": adamw,
+    "amsgrad": amsgrad,
+    "adabelief": adabelief,
+    "adabelief_coupled": partial(adabelief, decouple=False),
+    "adabelief_rectified": partial(adabelief, rectify=True),
+    "adabelief_rectified_coupled": partial(adabelief, rectify=True, decouple=False),
+    "adagrad": adagrad,
+    "adadelta": adadelta,
+    "rmsprop": rmsprop,
+    "rmsprop_momentum": rmsprop,
+    "rmsprop_centered": rmsprop,
+    "rmsprop_centered_momentum": rmsprop,
+    "lion": lion,
 }
 
 COORDINATES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
@@ -69,7 +158,7 @@ class _Level:
         self.limits = dict(zip(self.values, level.limits(), strict=True))
         self.learn = () if is_top else level.learn_names
         self.x = {k: COORDINATES[self.spaces[k]][1](self.values[k]).requires_grad_() for k in self.learn}
-        self.start = dict(level.initial_state)
+        self.start = level.start()
         self.state: dict[object, State] = {}
 
     def h(self) -> State:
@@ -77,8 +166,8 @@ class _Level:
         return {**self.values, **learned}
 
     def update(self, key: object, w: Tensor, g: Tensor, step: int, h: State) -> Tensor:
-        zeros = {k: torch.zeros_like(w) + self.start.get(k, 0.0) for k in ("momentum_buffer", "exp_avg", "exp_avg_sq")}
-        state = {k: v.detach() for k, v in self.state.get(key, zeros).items()}
+        start = {name: torch.full_like(w, value) for name, value in self.start.items()}
+        state = {k: v.detach() for k, v in self.state.get(key, start).items()}
         new, self.state[key] = self.twin(w.detach(), g, state, h, step)
         return new
 

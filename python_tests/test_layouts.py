@@ -108,7 +108,8 @@ def test_half_precision_is_fp32_arithmetic_on_rounded_parameters(case, dtype):
         for name in x:
             assert x[name].item() == pytest.approx(y[name].item(), rel=1e-6)
     for name, value in opt.state[p].items():
-        assert value.dtype == (torch.int64 if name in ("step", "tick") else torch.float32)
+        expected_dtype = {"step": torch.int64, "tick": torch.int64, "last_param": dtype}.get(name, torch.float32)
+        assert value.dtype == expected_dtype
 
 
 def test_dtypes_may_be_mixed_in_a_group():

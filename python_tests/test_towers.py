@@ -7,7 +7,7 @@ import copy
 import hypothesis
 import pytest
 import torch
-from cases import CASES, levels, stacks
+from cases import CASES, stacks
 from gradient_descent_the_ultimate_optimizer import gdtuo as package
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,9 +40,10 @@ def test_equals_a_tower_of_plain_autograd(stack):
     assert opt.skipped_steps() == 0
 
 
-@given(base=levels(0.05), above=levels(1e-3))
-def test_bounds_project_what_is_learned(base, above):
+@given(stack=stacks(min_height=1, max_height=1))
+def test_bounds_project_what_is_learned(stack):
     """Tight bounds around the first values, so that they are active."""
+    base, above = stack
     hypothesis.assume(base.learn_names)
     values = base.values()
     bounds = {name: (0.999 * min(values[name], 1.0), 1.001 * values[name] + 1e-6) for name in base.learn_names}
@@ -64,6 +65,9 @@ def package_levels(alpha: float):
         "SGD": {"alpha": st.floats(alpha / 10, alpha), "mu": st.sampled_from([0.0, 0.5])},
         "Adam": {"alpha": st.floats(alpha / 10, alpha), "beta1": st.floats(0.5, 0.95), "beta2": st.floats(0.8, 0.999)},
         "AdamBaydin": {"alpha": st.floats(alpha / 10, alpha), "log_eps": st.sampled_from([-8.0, -4.0])},
+        "AdaGrad": {"alpha": st.floats(alpha / 10, alpha)},
+        "RMSProp": {"alpha": st.floats(alpha / 10, alpha), "gamma": st.floats(0.5, 0.99)},
+        "RMSPropAlpha": {"alpha": st.floats(alpha / 10, alpha), "gamma": st.floats(0.5, 0.99)},
     }
     return st.one_of([st.tuples(st.just(name), st.fixed_dictionaries(kw)) for name, kw in kinds.items()])
 
@@ -97,9 +101,11 @@ def test_equals_the_package_of_the_paper(base, above):
         values = {"lr": level.parameters["alpha"].item()}
         if "mu" in level.parameters and level.mu != 0:
             values["momentum"] = level.parameters["mu"].item()
-        for name in ("beta1", "beta2"):
-            if name in level.parameters:
-                values[name] = package.Adam.clamp(level.parameters[name]).item()
+        if isinstance(level, package.RMSProp | package.RMSPropAlpha):
+            values["lr"] **= 2
+        for theirs, ours in [("beta1", "beta1"), ("beta2", "beta2"), ("gamma", "alpha")]:
+            if theirs in level.parameters:
+                values[ours] = package.Adam.clamp(level.parameters[theirs]).item()
         expected.append(values)
         level = level.optimizer
     names = [name for name, _ in problem.model.named_parameters()]

@@ -6,7 +6,8 @@ Towers of these levels follow that package's step by step, so that its results c
     opt = hx.HyperOptimizer(model.parameters(), gdtuo.Adam(alpha=1e-3) / gdtuo.SGD(alpha=1e-5))
 
 What differs from the levels of ``hyperopt_ext``: step sizes and mu are linear and unbounded (they may turn negative),
-Adam's second moment starts at eps, and every level learns all that the package learns.
+Adam's second moment starts at eps and AdaGrad's sum at 0.1, RMSProp moves the root of alpha, AdaGrad and RMSProp have
+their eps inside the root, and every level learns all that the package learns.
 """
 
 from __future__ import annotations
@@ -22,6 +23,27 @@ def SGD(alpha: float = 0.01, mu: float = 0.0) -> levels.SGD:  # noqa: N802
     """The package's ``SGD``: learns alpha (``lr``) and, if it is not 0, mu (``momentum``)."""
     bounds = {"lr": _UNBOUNDED} | ({"momentum": _UNBOUNDED} if mu else {})
     return levels.SGD(lr=alpha, momentum=mu, bounds=bounds)
+
+
+def AdaGrad(alpha: float = 0.01) -> levels.Adagrad:  # noqa: N802
+    """The package's ``AdaGrad``: learns alpha (``lr``)."""
+    return levels.Adagrad(
+        lr=alpha, initial_accumulator_value=0.1, eps=0.0, eps_root=1e-10, learn="lr", bounds={"lr": _UNBOUNDED}
+    )
+
+
+def RMSProp(alpha: float = 0.01, gamma: float = 0.99) -> levels.RMSprop:  # noqa: N802
+    """The package's ``RMSProp``: learns alpha (``lr``) as a square and, through (tanh x + 1) / 2, gamma (``alpha``)."""
+    return _rmsprop(alpha, gamma, ("lr", "alpha"))
+
+
+def RMSPropAlpha(alpha: float = 0.01, gamma: float = 0.99) -> levels.RMSprop:  # noqa: N802
+    """The package's ``RMSPropAlpha``: the same, but it learns alpha alone."""
+    return _rmsprop(alpha, gamma, ("lr",))
+
+
+def _rmsprop(alpha: float, gamma: float, learn: tuple[str, ...]) -> levels.RMSprop:
+    return levels.RMSprop(lr=alpha, alpha=gamma, eps=0.0, eps_root=1e-8, learn=learn, space={"lr": "square"})
 
 
 def Adam(  # noqa: N802

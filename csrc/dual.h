@@ -51,11 +51,33 @@ HX_FN constexpr int direction(Mask mask, int position) {
   return count((mask & (~mask + 1)) - 1);
 }
 
+namespace detail {
+
+template <Mask M, class F, int... I>
+HX_FN void each(F&& f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, direction(M, I)>{}), ...);
+}
+
+}  // namespace detail
+
+// Calls f(integral_constant<int, D>) for every direction D of M, lowest first.
+template <Mask M, class F>
+HX_FN void each_direction(F&& f) {
+  detail::each<M>(static_cast<F&&>(f), std::make_integer_sequence<int, count(M)>{});
+}
+
+// Copied number by number: gcc does not vectorise a loop in which a struct is left that it copies as a whole.
 template <class T, Mask M>
 struct Dual {
   static constexpr Mask mask = M;
   T value;
   T tangents[count(M)];
+
+  Dual() = default;
+  HX_FN Dual(const Dual& other) : value(other.value) {
+    each_direction<M>([&](auto d) HX_LAMBDA { set_tangent<d>(other.template tangent<d>()); });
+  }
+  Dual& operator=(const Dual&) = delete;
 
   template <int D>
   HX_FN T tangent() const {
@@ -75,30 +97,22 @@ struct Dual<T, 0> {
   static constexpr Mask mask = 0;
   T value;
 
+  Dual() = default;
+  HX_FN explicit Dual(T value) : value(value) {}
+  HX_FN Dual(const Dual& other) : value(other.value) {}
+  Dual& operator=(const Dual&) = delete;
+
   template <int D>
   HX_FN T tangent() const {
     return T(0);
   }
+  template <int D>
+  HX_FN void set_tangent(T) {}  // never called, but nvcc looks for it where a loop over no direction would
 };
 
 template <class T>
 HX_FN Dual<T, 0> constant(T value) {
-  return {value};
-}
-
-namespace detail {
-
-template <Mask M, class F, int... I>
-HX_FN void each(F&& f, std::integer_sequence<int, I...>) {
-  (f(std::integral_constant<int, direction(M, I)>{}), ...);
-}
-
-}  // namespace detail
-
-// Calls f(integral_constant<int, D>) for every direction D of M, lowest first.
-template <Mask M, class F>
-HX_FN void each_direction(F&& f) {
-  detail::each<M>(static_cast<F&&>(f), std::make_integer_sequence<int, count(M)>{});
+  return Dual<T, 0>(value);
 }
 
 // The chain rule for y = f(a) with df/da = slope.
@@ -151,7 +165,7 @@ HX_FN auto operator/(const Dual<T, A>& a, const Dual<T, B>& b) {
 
 template <class T>
 HX_FN Dual<T, 0> operator/(const Dual<T, 0>& a, const Dual<T, 0>& b) {
-  return {a.value / b.value};
+  return constant(a.value / b.value);
 }
 
 template <class T, Mask A>
@@ -198,7 +212,7 @@ template <class T, Mask A>
 HX_FN Dual<T, A> sqrt(const Dual<T, A>& a) {
   const T root = std::sqrt(a.value);
   if constexpr (A == 0)
-    return {root};
+    return constant(root);
   else
     return chain(root, a, root > T(0) ? T(0.5) / root : T(0));
 }
@@ -207,7 +221,7 @@ HX_FN Dual<T, A> sqrt(const Dual<T, A>& a) {
 template <class T, Mask A>
 HX_FN Dual<T, A> pow(const Dual<T, A>& a, double n) {
   if constexpr (A == 0) {
-    return {std::pow(a.value, T(n))};
+    return constant(std::pow(a.value, T(n)));
   } else {
     const T lower = std::pow(a.value, T(n - 1));
     return chain(lower * a.value, a, T(n) * lower);
@@ -238,7 +252,7 @@ HX_FN Dual<T, A> max(const Dual<T, A>& a, double b) {
 // -1, 0 or 1, or NaN of a NaN. The slope is 0 everywhere, at the jump, too: no tangent passes.
 template <class T, Mask A>
 HX_FN Dual<T, 0> sign(const Dual<T, A>& a) {
-  return {a.value > T(0) ? T(1) : a.value < T(0) ? T(-1) : a.value};
+  return constant(a.value > T(0) ? T(1) : a.value < T(0) ? T(-1) : a.value);
 }
 
 // The same number in another precision.

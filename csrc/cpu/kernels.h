@@ -61,6 +61,13 @@ struct Elements {
   HX_FN auto grad(std::int64_t i) const { return constant(scale * A(g[i])); }
   HX_FN auto last_param(std::int64_t i) const { return constant(A(last_w[i])); }
   HX_FN auto last_grad(std::int64_t i) const { return constant(A(last_g[i])); }
+  // To the bit, and not as a struct: see Dual.
+  HX_FN void keep_param(std::int64_t i) const {
+    if constexpr (sizeof(T) == 2)
+      last_w[i].x = w[i].x;
+    else
+      last_w[i] = w[i];
+  }
   HX_FN auto state(std::int64_t i) const { return state(i, kStates); }
   template <class State>
   HX_FN void set_state(std::int64_t i, const State& values) const {
@@ -119,7 +126,7 @@ HX_CLONES void update(const Slice& slice, const void* prepared, const void* last
     else
       x.set_state(i, after);
     if constexpr ((Keep & kGrad) != 0) x.last_g[i] = e.value;
-    if constexpr ((Keep & kParam) != 0) x.last_w[i] = x.w[i];
+    if constexpr ((Keep & kParam) != 0) x.keep_param(i);
     x.w[i] = T((w + change<R>(p, e, w, after)).value);
   };
   if ((Keep & kDeferred) != 0 && last_prepared != nullptr) {

@@ -7,7 +7,7 @@ import resource
 
 import pytest
 import torch
-from cases import CASES
+from cases import CASES, level_of
 from problems import Regression, relative_error
 
 import hyperopt_ext as hx
@@ -112,6 +112,20 @@ def test_half_precision_is_fp32_arithmetic_on_rounded_parameters(case, dtype):
         assert value.dtype == expected_dtype
 
 
+@every_rule
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_what_is_kept_of_a_parameter_is_exact(case, dtype):
+    level = level_of(case.rule, case.hyper, learn=tuple(case.hyper))
+    start = torch.cat([torch.randn(1000), torch.tensor([0.0, -0.0, 1e-7, 6e4])]).to(dtype)
+    p = torch.nn.Parameter(start.clone())
+    opt = hx.HyperOptimizer([p], level / hx.SGD(lr=0.0))
+    for _ in range(3):
+        before = p.detach().clone()
+        p.grad = torch.randn_like(p)
+        opt.step()
+        assert torch.equal(opt.state[p].get("last_param", before), before)
+
+
 def test_dtypes_may_be_mixed_in_a_group():
     params = [torch.nn.Parameter(torch.randn(50).to(dtype)) for dtype in (torch.float32, torch.bfloat16, torch.float64)]
     opt = run(params, hx.Adam(lr=1e-2) / hx.SGD(lr=1e-5))
@@ -142,7 +156,10 @@ def state_bytes(opt):
 
 
 def test_extra_state():
-    """None beside torch's Adam if only lr is learned, one gradient-sized tensor if the betas are, too."""
+    """None beside torch's Adam if only lr is learned, one gradient-sized tensor if the betas are, too.
+
+    One more of the parameter's size where the update reads the parameter, as decoupled weight decay does.
+    """
     n = 1000
     sizes = {}
     for name, make in {
@@ -150,6 +167,9 @@ def test_extra_state():
         "lr": lambda p: hx.HyperOptimizer(p, hx.Adam(learn="lr") / hx.SGD()),
         "all": lambda p: hx.HyperOptimizer(p, hx.Adam() / hx.SGD()),
         "none": lambda p: hx.HyperOptimizer(p, hx.Adam()),
+        "adamw, lr": lambda p: hx.HyperOptimizer(p, hx.AdamW(learn="lr") / hx.SGD()),
+        "adamw, all": lambda p: hx.HyperOptimizer(p, hx.AdamW() / hx.SGD()),
+        "adamw, none": lambda p: hx.HyperOptimizer(p, hx.AdamW()),
     }.items():
         p = torch.nn.Parameter(torch.randn(n))
         p.grad = torch.randn(n)
@@ -157,7 +177,9 @@ def test_extra_state():
         opt.step()
         sizes[name] = state_bytes(opt)
     assert sizes["lr"] == sizes["none"] == sizes["torch"]
-    assert sizes["all"] == sizes["torch"] + 4 * n
+    assert sizes["adamw, none"] == sizes["torch"]
+    assert sizes["all"] == sizes["adamw, lr"] == sizes["torch"] + 4 * n
+    assert sizes["adamw, all"] == sizes["torch"] + 8 * n
 
 
 def test_memory_is_flat_over_ten_thousand_steps():

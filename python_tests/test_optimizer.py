@@ -15,8 +15,12 @@ import hyperopt_ext as hx
 STACK = hx.Adam(lr=1e-2) / hx.SGD(lr=1e-4, momentum=0.5) / hx.SGD(lr=1e-6)
 LR_ONLY = hx.Adam(lr=1e-2, learn="lr") / hx.SGD(lr=1e-4)
 SGD = hx.SGD(lr=1e-2, momentum=0.9) / hx.Adam(lr=1e-4)
+ADAMW = hx.AdamW(lr=1e-2, weight_decay=0.1, learn=("lr", "beta1", "weight_decay")) / hx.SGD(lr=1e-4)
+LION = hx.Lion(lr=1e-3, weight_decay=0.1) / hx.SGD(lr=1e-6)
 every_stack = pytest.mark.parametrize(
-    "stack", [STACK, LR_ONLY, SGD, hx.Adam(lr=1e-2)], ids=["adam", "lr", "sgd", "plain"]
+    "stack",
+    [STACK, LR_ONLY, SGD, ADAMW, LION, hx.Adam(lr=1e-2)],
+    ids=["adam", "lr", "sgd", "adamw", "lion", "plain"],
 )
 
 
@@ -322,7 +326,7 @@ def test_an_edited_value_in_a_state_dict_counts():
     assert opt.hyperparameters()[0]["lr"] == 0.25
 
 
-@pytest.mark.parametrize("stack", [STACK, LR_ONLY, SGD], ids=["adam", "lr", "sgd"])
+@pytest.mark.parametrize("stack", [STACK, LR_ONLY, SGD, ADAMW, LION], ids=["adam", "lr", "sgd", "adamw", "lion"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_non_finite_gradient_changes_nothing_but_a_count(stack, bad):
     problem, clean = Regression(10), Regression(10)

@@ -171,7 +171,9 @@ void define_ops(const Rule& rule) {
            });
   impl(name + "_hypergradient", DispatchKey::Meta,
        [r](TensorList, TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor& tower, std::int64_t,
-           double) { return at::empty_symint({tower.sym_size(0), std::int64_t(r->hypers.size())}, tower.options()); });
+           double) {
+         return at::empty_symint({tower.sym_size(0), std::int64_t(r->hypers.size()) + 1}, tower.options());
+       });
   library().impl((name + "_hypergradient").c_str(),
                  torch::dispatch(DispatchKey::Autograd, torch::autograd::autogradNotImplementedFallback()));
 

@@ -343,6 +343,36 @@ def test_a_non_finite_gradient_changes_nothing_but_a_count(stack, bad):
     assert values(opt) == values(expected)
 
 
+def test_a_non_finite_first_gradient_is_skipped_too():
+    problem, clean = Regression(5), Regression(5)
+    opt, expected = (hx.HyperOptimizer(p.model.parameters(), STACK) for p in (problem, clean))
+    (problem.loss(0) * float("nan")).backward()
+    opt.step()
+    assert opt.skipped_steps() == 1
+    problem.train(opt, range(5))
+    clean.train(expected, range(5))
+    assert same(problem, clean)
+    assert values(opt) == values(expected)
+
+
+def test_an_overflow_in_the_tower_holds_it_and_passes():
+    """Once a level has run away, its hypergradient may overflow; the parameters still train, and the tower recovers."""
+    problem = Regression(10)
+    opt = hx.HyperOptimizer(problem.model.parameters(), STACK)
+    problem.train(opt, range(4))
+    opt.param_groups[0]["tower"][0, -1] = float("inf")  # d (a value of level 1) / d (the last one of level 2)
+    before = values(opt)
+    weight = problem.model[2].weight.detach().clone()
+    problem.train(opt, range(4, 5))
+    assert opt.held_steps() == 1
+    assert opt.skipped_steps() == 0
+    assert values(opt) == before
+    assert not torch.equal(problem.model[2].weight, weight)
+    problem.train(opt, range(5, 10))
+    assert opt.held_steps() == 1
+    assert values(opt) != before
+
+
 def test_printing():
     opt = hx.HyperOptimizer([torch.nn.Parameter(torch.ones(1))], STACK)
     text = repr(opt)

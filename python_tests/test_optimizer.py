@@ -11,6 +11,7 @@ import torch
 from problems import Regression
 
 import hyperopt_ext as hx
+from hyperopt_ext import _C
 
 STACK = hx.Adam(lr=1e-2) / hx.SGD(lr=1e-4, momentum=0.5) / hx.SGD(lr=1e-6)
 LR_ONLY = hx.Adam(lr=1e-2, learn="lr") / hx.SGD(lr=1e-4)
@@ -360,7 +361,8 @@ def test_an_overflow_in_the_tower_holds_it_and_passes():
     problem = Regression(10)
     opt = hx.HyperOptimizer(problem.model.parameters(), STACK)
     problem.train(opt, range(4))
-    opt.param_groups[0]["tower"][0, -1] = float("inf")  # d (a value of level 1) / d (the last one of level 2)
+    top = _C.tower_live(STACK.plan())[2] - 2 * len(values(opt)[2])  # where the block of level 2 starts
+    opt.param_groups[0]["tower"][0, top - len(values(opt)[1])] = float("inf")  # before it: d beta2 / d lr of level 1
     before = values(opt)
     weight = problem.model[2].weight.detach().clone()
     problem.train(opt, range(4, 5))

@@ -92,9 +92,8 @@ def mnist(folder: Path) -> Data:
 
 def tower(base: Callable[..., hx.Level], lr: float, above: int) -> hx.Stack:
     """Every learned step size is moved in its logarithm, by Adam: a step of 0.05 is about five percent."""
-    log = {"learn": "lr", "space": {"lr": "log"}}
-    level = hx.Adam(lr=0.05, bounds={"lr": (1e-4, 0.1)}, **log)
-    return hx.Stack((base(lr=lr, **log), *(level,) * above))
+    level = hx.Adam(lr=0.05, learn="lr", space={"lr": "log"}, bounds={"lr": (1e-4, 0.1)})
+    return hx.Stack((base(lr=lr, learn="lr", space={"lr": "log"}), *(level,) * above))
 
 
 def train(data: Data, name: str, guess: int, above: int, epochs: int, batch: int, seed: int) -> Run:
@@ -108,11 +107,11 @@ def train(data: Data, name: str, guess: int, above: int, epochs: int, batch: int
     start = time.perf_counter()
     for _ in range(epochs):
         total = torch.zeros(())
-        batches = torch.randperm(len(data.x)).split(batch)
+        batches = torch.randperm(len(data.x)).split(batch)  # type: ignore[no-untyped-call]
         for index in batches:
             opt.zero_grad()
             loss = torch.nn.functional.cross_entropy(model(data.x[index]), data.y[index])
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             opt.step()
             total += loss.detach()
             rates.append(live.clone())
@@ -124,8 +123,9 @@ def train(data: Data, name: str, guess: int, above: int, epochs: int, batch: int
 
 
 def table(runs: list[Run]) -> Table:
-    result = Table("first guess", "stack", title="Test error, and the step size that was learned", title_justify="left")
-    for column in ("first lr", "last lr", "test error", "seconds"):
+    result = Table("first guess", title="Test error, and the step size that was learned", title_justify="left")
+    result.add_column("stack", min_width=len("Adam/Adam/Adam/Adam"))
+    for column in ("first lr", "last lr", "test error", "s"):
         result.add_column(column, justify="right")
     for run in runs:
         result.add_row(
@@ -159,12 +159,12 @@ def draw(data: Data, runs: list[Run]) -> Figure:
                 ax.grid(alpha=0.3)
                 ax.spines[["top", "right"]].set_visible(False)
         worst = max(float(run.loss.max()) for run in runs if run.base == name)
-        axes[2 * i, 0].set(ylabel="training loss", ylim=(1e-4, min(2 * worst, 1e2)))
+        axes[2 * i, 0].set(ylabel="training loss", ylim=(1e-4, min(2 * worst, 1e3)))
         axes[2 * i + 1, 0].set_ylabel(f"lr of {name}")
     for ax in axes[-1]:
         ax.set_xlabel("epoch")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=11)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=11)
     figure.suptitle(f"An MLP on {data.name}: what a tower makes of the first guess", fontsize=13)
     return figure
 

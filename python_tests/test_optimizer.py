@@ -356,6 +356,20 @@ def test_a_non_finite_first_gradient_is_skipped_too():
     assert values(opt) == values(expected)
 
 
+@pytest.mark.parametrize("stack", [hx.Adam(), hx.Adam(learn="lr") / hx.SGD(), hx.Adam() / hx.SGD()], ids=repr)
+def test_a_second_moment_that_overflows_is_as_harmless_as_in_torch(stack):
+    params = [torch.nn.Parameter(torch.ones(5)) for _ in range(2)]
+    optimizers = [hx.HyperOptimizer(params[:1], stack), torch.optim.Adam(params[1:])]
+    for size in (1.0, 1e30, 1.0, 1.0):
+        for p, opt in zip(params, optimizers, strict=True):
+            p.grad = torch.full_like(p, size)
+            opt.step()
+    assert torch.isfinite(params[0]).all()
+    assert all(torch.isfinite(value) for level in optimizers[0].hyperparameters() for value in level.values())
+    if len(optimizers[0].stack) == 1:
+        torch.testing.assert_close(*params)
+
+
 def test_an_overflow_in_the_tower_holds_it_and_passes():
     """Once a level has run away, its hypergradient may overflow; the parameters still train, and the tower recovers."""
     problem = Regression(10)

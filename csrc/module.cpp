@@ -41,8 +41,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   define_tower_op();
   for (const Rule* rule : rules()) define_ops(*rule);
 
-  m.attr("TICKS") = int(kTicks);
   m.attr("SKIPPED") = int(kSkipped);
+  m.attr("HELD") = int(kHeld);
   m.attr("SPACE_BITS") = kSpaceBits;
   m.def("spaces", [] { return std::vector<std::string>(kSpaces.begin(), kSpaces.end()); });
   m.def("rules", [] {

@@ -93,6 +93,37 @@ void check_inputs(const Rule& rule, TensorList params, TensorList grads, TensorL
   }
 }
 
+// The arguments of tower_.
+void check_towers(TensorList towers, TensorList hypergradients, TensorList plans, TensorList bounds) {
+  const std::size_t n = towers.size();
+  TORCH_CHECK_VALUE(hypergradients.size() == n && plans.size() == n && bounds.size() == n,
+                    "hypergradients, plans and bounds must hold one tensor for each of the ", n, " towers");
+  for (std::size_t i = 0; i < n; ++i) {
+    const auto matrix = [i](const char* name, const Tensor& t, at::ScalarType type, std::int64_t rows,
+                            std::int64_t columns) {
+      TORCH_CHECK_VALUE(
+          t.dim() == 2 && t.is_contiguous() && t.scalar_type() == type && t.size(0) == rows && t.size(1) == columns,
+          name, "[", i, "] must be a contiguous ", type, " tensor [", rows, ", ", columns, "]");
+    };
+    const Tensor& plan = plans[i];
+    TORCH_CHECK_VALUE(plan.dim() == 2 && plan.size(0) > 0, "plans[", i, "] must hold a row for each level");
+    matrix("plans", plan, at::kLong, plan.size(0), kPlanColumns);
+    const std::int64_t* columns = plan.const_data_ptr<std::int64_t>();
+    std::int64_t hypers = 0;
+    for (std::int64_t k = 0; k < plan.size(0); ++k) {
+      const std::int64_t rule = columns[k * kPlanColumns + kRule];
+      TORCH_CHECK_VALUE(rule >= 0 && rule < std::int64_t(rules().size()), "plans[", i,
+                        "] names a rule that is not loaded");
+      hypers += std::int64_t(rules()[std::size_t(rule)]->hypers.size());
+    }
+    const std::int64_t rows = towers[i].dim() == 2 ? towers[i].size(0) : 1;
+    matrix("towers", towers[i], at::kDouble, rows, tower_width(columns, int(plan.size(0))));
+    matrix("hypergradients", hypergradients[i], at::kDouble, rows,
+           std::int64_t(rules()[std::size_t(columns[kRule])]->hypers.size()) + 1);
+    matrix("bounds", bounds[i], at::kDouble, hypers, 2);
+  }
+}
+
 std::vector<double> values_of(TensorList tensors) {
   std::vector<double> values;
   for (const Tensor& t : tensors) values.push_back(t.item<double>());
@@ -171,7 +202,9 @@ void define_ops(const Rule& rule) {
            });
   impl(name + "_hypergradient", DispatchKey::Meta,
        [r](TensorList, TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor& tower, std::int64_t,
-           double) { return at::empty_symint({tower.sym_size(0), std::int64_t(r->hypers.size())}, tower.options()); });
+           double) {
+         return at::empty_symint({tower.sym_size(0), std::int64_t(r->hypers.size()) + 1}, tower.options());
+       });
   library().impl((name + "_hypergradient").c_str(),
                  torch::dispatch(DispatchKey::Autograd, torch::autograd::autogradNotImplementedFallback()));
 
@@ -255,17 +288,11 @@ void define_tower_op() {
                 {at::Tag::pt2_compliant_tag});
   impl("tower_", c10::DispatchKey::CPU,
        [](TensorList towers, TensorList hypergradients, TensorList plans, TensorList bounds) {
-         TORCH_CHECK_VALUE(
-             hypergradients.size() == towers.size() && plans.size() == towers.size() && bounds.size() == towers.size(),
-             "hypergradients, plans and bounds must hold one tensor for each of the ", towers.size(), " towers");
+         check_towers(towers, hypergradients, plans, bounds);
          for (std::size_t i = 0; i < towers.size(); ++i) {
            const Tensor &tower = towers[i], &sums = hypergradients[i], &plan = plans[i];
            const int levels = int(plan.size(0));
            const std::int64_t* columns = plan.const_data_ptr<std::int64_t>();
-           TORCH_CHECK_VALUE(tower.is_contiguous() && tower.size(1) == tower_width(columns, levels), "towers[", i,
-                             "] does not fit its plan");
-           TORCH_CHECK_VALUE(sums.dim() == 2 && sums.size(0) == tower.size(0) && sums.is_contiguous(),
-                             "hypergradients[", i, "] must have a row for each tower");
            for (std::int64_t row = 0; row < tower.size(0); ++row)
              tower_step(tower.mutable_data_ptr<double>() + row * tower.size(1), columns,
                         bounds[i].const_data_ptr<double>(), levels, sums.const_data_ptr<double>() + row * sums.size(1));

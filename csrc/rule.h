@@ -153,14 +153,16 @@ struct Slice {
 enum ScalarType : int { kFloat, kDouble, kHalf, kBFloat16, kScalarTypes };
 
 // The kernels of a rule for one element type. `prepare` runs once a step and fills kPreparedBytes; `sums` has one entry for
-// each hyperparameter of the learned set, lowest first, and is added to.
+// each hyperparameter of the learned set, lowest first, and, in pass A, one for the square of the gradient's norm. They
+// are added to.
 using PrepareKernel = void (*)(const double* hyper, double step, void* prepared);
 using SumKernel = void (*)(const Slice&, const void* prepared, double* sums);
 
 struct StepKernels {
   PrepareKernel prepare;
   void (*settle)(const Slice&, const void* last_prepared);
-  SumKernel backward;  // over all hyperparameters, from the inputs of the step; prepared as for the last LearnedSet
+  SumKernel squared_norm;  // of the gradient alone, for parameters without a record; nothing is prepared
+  SumKernel backward;      // over all hyperparameters, from the inputs of the step; prepared as for the last LearnedSet
 };
 
 struct LearnedKernels {

@@ -142,12 +142,12 @@ void adopt_writes(const Level& level) {
 }
 
 // Moves the learned coordinates of `level` by the rule of the level above.
-void move(const Level& level, const Level& above, double ticks, const double* gradients, const double* bounds) {
+void move(const Level& level, const Level& above, double step, const double* gradients, const double* bounds) {
   double x[kMaxHypers];
   int n = 0;
   for (int i = 0; i < level.row.hypers; ++i)
     if (level.learns(i)) x[n++] = level.row.x[i];
-  above.rule.level(above.row.used, ticks, n, x, gradients, above.row.state, above.row.tangents);
+  above.rule.level(above.row.used, step, n, x, gradients, above.row.state, above.row.tangents);
   for (int i = 0, j = 0; i < level.row.hypers; ++i) {
     if (!level.learns(i)) continue;
     const double moved = x[j++], low = bounds[2 * i], high = bounds[2 * i + 1];
@@ -160,18 +160,21 @@ void move(const Level& level, const Level& above, double ticks, const double* gr
 
 }  // namespace
 
-void tower_step(double* row, const std::int64_t* plan, const double* bounds, int levels, const double* hypergradient) {
+void tower_step(double* row, const std::int64_t* plan, const double* bounds, int levels, const double* sums) {
   thread_local std::vector<Level> tower;
   thread_local std::vector<double> gradients;
   tower.clear();
   each_level(row, plan, levels, [&](const Level& level) { tower.push_back(level); });
 
-  row[kOk] = hypergradients(tower, hypergradient, gradients) ? 1.0 : 0.0;
+  const double squared_norm = sums[tower[0].row.hypers];
+  row[kOk] = std::isfinite(squared_norm) ? 1.0 : 0.0;
   if (row[kOk] == 0.0) {
     row[kSkipped] += 1.0;
     return;
   }
+  const bool finite = hypergradients(tower, sums, gradients);
   row[kTicks] += 1.0;
+  row[finite ? kMoves : kHeld] += 1.0;
 
   const double* bound = bounds;
   for (const Level& level : tower) bound += 2 * level.row.hypers;
@@ -181,8 +184,13 @@ void tower_step(double* row, const std::int64_t* plan, const double* bounds, int
     bound -= 2 * level.row.hypers;
     gradient -= std::size_t(count(level.learn));
     adopt_writes(level);
-    if (k + 1 < levels && level.learn != 0)
-      move(level, tower[std::size_t(k) + 1], row[kTicks], gradients.data() + gradient, bound);
+    if (k + 1 < levels && level.learn != 0) {
+      const Level& above = tower[std::size_t(k) + 1];
+      if (finite)
+        move(level, above, row[kMoves], gradients.data() + gradient, bound);
+      else  // no update was made: nothing to differentiate at the next step
+        std::fill(above.row.tangents, above.row.end(), 0.0);
+    }
     std::copy_n(level.row.used, level.row.hypers, level.row.previous);
     std::copy_n(level.row.live, level.row.hypers, level.row.used);
   }

@@ -10,9 +10,11 @@ namespace hyperopt_ext {
 
 // A tower is one row of a float64 tensor [towers, width]:
 //
-//   header    ticks     steps made so far by every level above the first
-//             ok        0 if the last hypergradient was not finite: then nothing moves in this step
+//   header    ticks     steps made so far by level 0
+//             moves     steps made so far by the levels above it
+//             ok        0 if the last gradient was not finite: then nothing moves in this step
 //             skipped   how often that happened
+//             held      how often a hypergradient was not finite: then the parameters move, and the levels above do not
 //             (free)
 //   level k   used      [hypers]             the values of the most recent update
 //             previous  [hypers]             those of the update before it
@@ -22,8 +24,8 @@ namespace hyperopt_ext {
 //             tangents  [n, hypers]          d x_{k-1} / d h_k of the most recent update
 //
 // with level 0, which moves the parameters, first (n = 0).
-constexpr int kHeader = 4;
-enum Header : int { kTicks, kOk, kSkipped };
+constexpr int kHeader = 8;
+enum Header : int { kTicks, kMoves, kOk, kSkipped, kHeld };
 
 struct LevelRow {
   double *used, *previous, *live, *x, *state, *tangents;
@@ -54,7 +56,8 @@ std::vector<std::int64_t> tower_live(const std::int64_t* plan, int levels);
 // state of each level.
 void tower_reset(double* row, const std::int64_t* plan, int levels, const double* values, const double* state);
 
-// One step of a tower: from the hypergradient of level 0 [hypers] (0 if there was no update yet) to new values for all.
-void tower_step(double* row, const std::int64_t* plan, const double* bounds, int levels, const double* hypergradient);
+// One step of a tower, from the sums of pass A [hypers + 1]: the hypergradient of level 0 (0 if there was no update yet)
+// and the square of the gradient's norm.
+void tower_step(double* row, const std::int64_t* plan, const double* bounds, int levels, const double* sums);
 
 }  // namespace hyperopt_ext

@@ -16,8 +16,8 @@ class RuleInfo(TypedDict):
     hypers: list[HyperparameterInfo]
     state: list[str]
 
-TICKS: int
 SKIPPED: int
+HELD: int
 SPACE_BITS: int
 
 def spaces() -> list[str]: ...

@@ -129,8 +129,11 @@ class HyperOptimizer(Optimizer):
 
     Current values are in ``param_groups`` by name (``"lr"``, ``"beta1"``, ...) for the first level and in
     :meth:`hyperparameters` for all: float64 tensors of no dimension on the parameters' device. They may be written
-    to (``group["lr"].fill_(0.1)``); the next step starts from what it finds. A step whose hypergradient is not finite
-    changes nothing; :meth:`skipped_steps` counts them.
+    to (``group["lr"].fill_(0.1)``); the next step starts from what it finds.
+
+    Non-finite numbers do not spread. If something is learned, a step whose gradient is not finite changes nothing, and
+    :meth:`skipped_steps` counts it. If the gradient is finite but a hypergradient is not, the parameters move and the
+    tower stays as it is; :meth:`held_steps` counts that. A stack of one level does what ``torch.optim`` does.
 
     Raises:
         TypeError: a parameter is not floating-point or not dense, or the stack is not one.
@@ -157,8 +160,12 @@ class HyperOptimizer(Optimizer):
         return [dict(level) for level in self._groups[group].hyperparameters]
 
     def skipped_steps(self, group: int = 0) -> Tensor:
-        """How many steps changed nothing because a hypergradient was not finite: float64, no dimension, live."""
+        """How many steps changed nothing, because a gradient was not finite: float64, no dimension, live."""
         return self._groups[group].tower[0, _C.SKIPPED]
+
+    def held_steps(self, group: int = 0) -> Tensor:
+        """How many steps left the tower as it was, because a hypergradient was not finite: float64, 0-d, live."""
+        return self._groups[group].tower[0, _C.HELD]
 
     @overload
     def step(self, closure: None = None) -> None: ...

@@ -240,6 +240,34 @@ def test_operators_check_their_lists():
     assert torch.equal(p, torch.zeros(4))
 
 
+def test_the_tower_operator_checks_its_lists():
+    opt = hx.HyperOptimizer([param(4)], hx.Adam() / hx.SGD())
+    group = opt._groups[0]
+    good = {
+        "towers": group.tower,
+        "hypergradients": torch.zeros(1, 6, dtype=torch.float64),
+        "plans": group.plan,
+        "bounds": group.bounds,
+    }
+    before = group.tower.clone()
+    for name, bad in {
+        "towers": group.tower[:, :-1].contiguous(),
+        "hypergradients": torch.zeros(1, 5, dtype=torch.float64),
+        "plans": group.plan[:, :2].contiguous(),
+        "bounds": group.bounds[1:],
+    }.items():
+        arguments = [[bad if key == name else value] for key, value in good.items()]
+        with pytest.raises(ValueError, match=rf"{name}\[0\] must be"):
+            torch.ops.hyperopt_ext.tower_(*arguments)
+    with pytest.raises(ValueError, match="one tensor for each of the 1 towers"):
+        torch.ops.hyperopt_ext.tower_([group.tower], [], [group.plan], [group.bounds])
+    unknown = group.plan.clone()
+    unknown[1, 0] = 1000
+    with pytest.raises(ValueError, match="rule that is not loaded"):
+        torch.ops.hyperopt_ext.tower_([group.tower], [good["hypergradients"]], [unknown], [group.bounds])
+    assert torch.equal(group.tower, before)
+
+
 def test_building_without_torch_says_what_to_type(tmp_path):
     """`pip install .` in an isolated build environment has no torch."""
     (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")

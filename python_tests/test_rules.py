@@ -113,6 +113,7 @@ def test_hypergradient_equals_autograd(case, zeroed, steps):
                 )
             else:
                 assert got[i] == 0
+        assert got[-1].item() == pytest.approx(upstream[touched].square().sum().item(), rel=1e-12)
 
 
 @every_rule
@@ -207,7 +208,7 @@ def test_opcheck(case, learn):
 def test_opcheck_of_the_tower():
     opt = hx.HyperOptimizer([torch.nn.Parameter(torch.ones(2))], hx.Adam() / hx.SGD() / hx.SGD())
     group = opt._groups[0]
-    sums = torch.ones(1, 5, dtype=torch.float64)
+    sums = torch.ones(1, 6, dtype=torch.float64)
     torch.library.opcheck(OPS.tower_.default, ([group.tower], [sums], [group.plan], [group.bounds]))
 
 

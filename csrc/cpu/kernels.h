@@ -190,7 +190,8 @@ HX_FN auto last_inputs(const P& p, const X& x, std::int64_t i, const State& stor
   }
 }
 
-// sums[k] += sum_i G_i d w_new_i / d(k-th hyperparameter of S), for the w_new that the last step made.
+// sums[k] += sum_i G_i d w_new_i / d(k-th hyperparameter of S), for the w_new that the last step made, and after these,
+// unless Given, sum_i G_i^2.
 //
 // Given = false: the last step as its record tells it (RecordOf). Given = true: as its inputs tell it, w in last_param,
 // the gradient in last_grad, both of the parameter's dtype, and the state before the step.
@@ -203,7 +204,7 @@ HX_CLONES void hypergradient(const Slice& slice, const void* prepared, double* s
   const P p = *static_cast<const P*>(prepared);
   for (std::int64_t begin = 0; begin < slice.count; begin += kSumBlock) {
     const std::int64_t end = std::min(begin + kSumBlock, slice.count);
-    A sum[count(S)] = {};
+    A sum[count(S)] = {}, squares = A(0);
     HX_INDEPENDENT
     for (std::int64_t i = begin; i < end; ++i) {
       const auto stored = x.state(i);
@@ -211,8 +212,24 @@ HX_CLONES void hypergradient(const Slice& slice, const void* prepared, double* s
       const auto delta = change<R>(p, e, w, state_after<R, before>(p, e, stored));
       const A upstream = x.grad(i).value;
       each_direction<S>([&](auto d) HX_LAMBDA { sum[position(S, d)] += upstream * delta.template tangent<d>(); });
+      if constexpr (!Given) squares += upstream * upstream;
     }
     for (int k = 0; k < count(S); ++k) sums[k] += double(sum[k]);
+    if constexpr (!Given) sums[count(S)] += double(squares);
+  }
+}
+
+// sums[0] += sum_i G_i^2
+template <class R, class T>
+HX_CLONES void squared_norm(const Slice& slice, const void*, double* sums) {
+  using A = Arithmetic<T>;
+  const Elements<R, T> x(slice);
+  for (std::int64_t begin = 0; begin < slice.count; begin += kSumBlock) {
+    const std::int64_t end = std::min(begin + kSumBlock, slice.count);
+    A squares = A(0);
+    HX_INDEPENDENT
+    for (std::int64_t i = begin; i < end; ++i) squares += x.grad(i).value * x.grad(i).value;
+    sums[0] += double(squares);
   }
 }
 

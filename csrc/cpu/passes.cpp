@@ -227,33 +227,39 @@ void check(const Rule& rule, const Lists& lists, Mask learn) {
 at::Tensor hypergradient_cpu(const Rule& rule, const Lists& lists, Mask learn, double scale) {
   check(rule, lists, learn);
   const std::size_t hypers = rule.hypers.size();
-  at::Tensor result = at::zeros({lists.tower.size(0), std::int64_t(hypers)}, lists.tower.options());
+  at::Tensor result = at::zeros({lists.tower.size(0), std::int64_t(hypers) + 1}, lists.tower.options());
   if (learn == 0) return result;
   const LearnedSet& set = rule.set_for(learn);
   const double* tower = lists.tower.const_data_ptr<double>();
   const std::int64_t width = lists.tower.size(1);
-  const std::size_t columns = std::size_t(count(set.mask));
+  const std::size_t learned = std::size_t(count(set.mask)), columns = learned + 1;
   Batch batch(lists.params.size());
   for (std::size_t i = 0; i < lists.params.size(); ++i) {
     const double* row = tower + row_of(lists.tower, i) * width;
     const std::int64_t step = counter(lists.steps[i]);
-    if (step == 0 || double(counter(lists.ticks[i])) != row[kTicks]) continue;
     Item item = item_for(batch, rule, lists, set, i, false);
     item.slice.scale = scale;
-    item.prepared = batch.prepared(set.cpu[item.type].prepare_dual, row + kHeader, double(step));
+    if (step > 0 && double(counter(lists.ticks[i])) == row[kTicks])
+      item.prepared = batch.prepared(set.cpu[item.type].prepare_dual, row + kHeader, double(step));
     batch.add(item);
   }
   std::vector<double> partial(batch.chunks() * columns, 0.0);
   batch.run([&](const Item& item, const Slice& slice, std::size_t chunk) {
-    set.cpu[item.type].hypergradient(slice, item.prepared, partial.data() + chunk * columns);
+    double* const sums = partial.data() + chunk * columns;
+    if (item.prepared != nullptr)
+      set.cpu[item.type].hypergradient(slice, item.prepared, sums);
+    else
+      rule.cpu[item.type].squared_norm(slice, nullptr, sums + learned);
   });
   double* sums = result.mutable_data_ptr<double>();
-  for (std::size_t chunk = 0; chunk < batch.chunks(); ++chunk)
-    for (std::size_t k = 0; k < columns; ++k) {
+  for (std::size_t chunk = 0; chunk < batch.chunks(); ++chunk) {
+    double* const row = sums + std::size_t(batch.item_of(chunk).row) * (hypers + 1);
+    for (std::size_t k = 0; k < learned; ++k) {
       const int hyper = direction(set.mask, int(k));
-      if (learn & bit(hyper))
-        sums[std::size_t(batch.item_of(chunk).row) * hypers + hyper] += partial[chunk * columns + k];
+      if (learn & bit(hyper)) row[hyper] += partial[chunk * columns + k];
     }
+    row[hypers] += partial[chunk * columns + learned];
+  }
   return result;
 }
 

@@ -21,8 +21,9 @@ struct Lists {
 // Throws a ValueError that names the argument if a list does not fit the rule. Nothing is read or written.
 void check(const Rule& rule, const Lists& lists, Mask learn);
 
-// float64 [rows of the tower, hypers]: d loss / d (value of each hyperparameter in `learn`) through the last update.
-// Gradients are multiplied by `scale`. A parameter that took no part in the tower's last tick adds nothing.
+// float64 [rows of the tower, hypers + 1]: d loss / d (value of each hyperparameter in `learn`) through the last update,
+// to which a parameter that took no part in the tower's last tick adds nothing; and the square of the gradient's norm.
+// Gradients are multiplied by `scale`. All 0 if nothing is learned.
 at::Tensor hypergradient_cpu(const Rule& rule, const Lists& lists, Mask learn, double scale);
 
 // One step: parameters, state, record, steps and ticks are written. Does nothing where the tower's `ok` is 0.

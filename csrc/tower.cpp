@@ -130,14 +130,14 @@ bool hypergradients(const std::vector<Level>& tower, const double* sums, std::ve
   return finite;
 }
 
-// Values that the user wrote since the last step become the coordinates that are moved from here on.
-void adopt_writes(const Level& level) {
+// Values that the user wrote since the last step, projected to their bounds, become the coordinates that are moved from
+// here on. What is not finite is not taken.
+void adopt_writes(const Level& level, const double* bounds) {
   for (int i = 0; i < level.row.hypers; ++i) {
-    if (level.row.live[i] == level.row.used[i]) continue;
-    if (std::isfinite(level.row.live[i]))
-      level.row.x[i] = coordinate_of(level.space(i), level.row.live[i]);
-    else
-      level.row.live[i] = level.row.used[i];
+    double& live = level.row.live[i];
+    if (live == level.row.used[i]) continue;
+    live = std::isfinite(live) ? std::min(std::max(live, bounds[2 * i]), bounds[2 * i + 1]) : level.row.used[i];
+    level.row.x[i] = coordinate_of(level.space(i), live);
   }
 }
 
@@ -183,7 +183,7 @@ void tower_step(double* row, const std::int64_t* plan, const double* bounds, int
     const Level& level = tower[std::size_t(k)];
     bound -= 2 * level.row.hypers;
     gradient -= std::size_t(count(level.learn));
-    adopt_writes(level);
+    adopt_writes(level, bound);
     if (k + 1 < levels && level.learn != 0) {
       const Level& above = tower[std::size_t(k) + 1];
       if (finite)

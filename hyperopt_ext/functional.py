@@ -88,6 +88,9 @@ def _update(
     step: Tensor,
 ) -> tuple[list[Tensor], State]:
     slots, known = RULES[rule]["state"], RULES[rule]["hypers"]
+    for argument, tensors in [("params", params), ("grads", grads)]:
+        if isinstance(tensors, Tensor) or not all(isinstance(t, Tensor) for t in tensors):
+            raise TypeError(f"{argument} must be a list of tensors")
     params = list(params)
     if state is None:
         state = {name: [_zeros(p) for p in params] for name in slots}

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from hyperopt_ext import _C
-from hyperopt_ext.stack import Level, Stack
+from hyperopt_ext.stack import RULES, Level, Stack
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -51,6 +51,18 @@ class _Group:
         self.hypergradient = getattr(ops, f"{base.rule}_hypergradient").default
         self.step = getattr(ops, f"{base.rule}_step_").default
         self.settle = getattr(ops, f"{base.rule}_settle_").default
+
+    def adopt_assignments(self) -> None:
+        """``group["lr"] = 0.1`` is ``group["lr"].fill_(0.1)``: the entry is a view of the tower again."""
+        for name, live in self.hyperparameters[0].items():
+            value = self.group.get(name)
+            if value is live:
+                continue
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number and not (isinstance(value, Tensor) and value.numel() == 1):
+                raise TypeError(f"param group: {name} must be a number or a tensor of one, not {value!r}")
+            live.copy_(value.reshape(()) if isinstance(value, Tensor) else torch.tensor(value, dtype=live.dtype))
+            self.group[name] = live
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
         start = {"step": 0, "tick": -1, **self.states, **dict.fromkeys(self.records, 0)}
@@ -128,12 +140,14 @@ class HyperOptimizer(Optimizer):
     ``last_grad`` made: it is advanced in the next step.
 
     Current values are in ``param_groups`` by name (``"lr"``, ``"beta1"``, ...) for the first level and in
-    :meth:`hyperparameters` for all: float64 tensors of no dimension on the parameters' device. They may be written
-    to (``group["lr"].fill_(0.1)``); the next step starts from what it finds.
+    :meth:`hyperparameters` for all: float64 tensors of no dimension on the parameters' device. They may be written to
+    (``group["lr"].fill_(0.1)``, or ``group["lr"] = 0.1``); the next step starts from what it finds, projected to the
+    bounds.
 
-    Non-finite numbers do not spread. If something is learned, a step whose gradient is not finite changes nothing, and
-    :meth:`skipped_steps` counts it. If the gradient is finite but a hypergradient is not, the parameters move and the
-    tower stays as it is; :meth:`held_steps` counts that. A stack of one level does what ``torch.optim`` does.
+    Non-finite numbers do not spread. If something is learned, a group whose gradient is not finite, or so large that
+    its squared norm is not, stays as it is in that step, and :meth:`skipped_steps` counts it. If the gradient is finite
+    but a hypergradient is not, the parameters move and the tower stays as it is; :meth:`held_steps` counts that. A
+    stack of one level does what ``torch.optim`` does.
 
     Raises:
         TypeError: a parameter is not floating-point or not dense, or the stack is not one.
@@ -189,6 +203,7 @@ class HyperOptimizer(Optimizer):
 
         updates = []
         for group in self._groups:
+            group.adopt_assignments()
             params = [p for p in group.group["params"] if p.grad is not None and p.requires_grad]
             if params:
                 updates.append(_Update(group, params, self.state))
@@ -232,6 +247,8 @@ class HyperOptimizer(Optimizer):
                 raise ValueError(
                     f"param group: {name} is set through the arguments of {stack[0]}: {', '.join(arguments)}"
                 )
+        for name in sorted({h["name"] for rule in RULES.values() for h in rule["hypers"]} & set(group)):
+            raise ValueError(f"param group: {stack[0]} has no {name}; its arguments are {', '.join(arguments)}")
         return Stack((stack[0].replace(**changes), *stack.levels[1:])) if changes else stack
 
     @staticmethod
@@ -320,17 +337,18 @@ class HyperOptimizer(Optimizer):
                 self.state[p][name] = state.copy_(value)
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        saved_groups = state_dict["param_groups"]
+        saved_groups = state_dict.get("param_groups", [])
         if len(saved_groups) != len(self.param_groups):
             raise ValueError(
                 f"state_dict has {len(saved_groups)} param groups, but this optimizer has {len(self.param_groups)}"
             )
         for i, (saved, group) in enumerate(zip(saved_groups, self.param_groups, strict=True)):
             ours = group["stack"].structure()
-            if saved.get("stack") != ours:
+            if "stack" not in saved:
+                raise ValueError("state_dict is not that of a HyperOptimizer: its param groups name no stack")
+            if saved["stack"] != ours:
                 raise ValueError(
-                    f"state_dict: param group {i} is of the stack {saved.get('stack')!r}, "
-                    f"but this optimizer's is {ours!r}"
+                    f"state_dict: param group {i} is of the stack {saved['stack']!r}, but this optimizer's is {ours!r}"
                 )
             if len(saved["params"]) != len(group["params"]):
                 raise ValueError(

@@ -89,8 +89,10 @@ class Level:
         if isinstance(self.learn, str):
             object.__setattr__(self, "learn", (self.learn,))
         for name in ("space", "bounds", "initial_state"):
-            object.__setattr__(self, name, dict(getattr(self, name) or {}))
+            object.__setattr__(self, name, self._mapping(name, getattr(self, name)))
         if self.learn is not None:
+            if not isinstance(self.learn, Collection):
+                raise TypeError(f"{type(self).__name__}: learn must be a name or several, not {self.learn!r}")
             object.__setattr__(self, "learn", tuple(self.learn))
         hypers = RULES[self.rule]["hypers"]
         known, me = [h["name"] for h in hypers], type(self).__name__
@@ -114,8 +116,9 @@ class Level:
                 f"{me}: {name} = {value!r} does not exist in the coordinate {space!r}; choose another space"
             )
         bounds = self.bounds.get(name, (low, high))
-        if not (isinstance(bounds, Sequence) and len(bounds) == 2 and bounds[0] <= bounds[1]):
-            raise ValueError(f"{me}: bounds[{name!r}] must be (low, high), not {bounds!r}")
+        pair = isinstance(bounds, Sequence) and len(bounds) == 2 and all(isinstance(b, int | float) for b in bounds)
+        if not pair or not bounds[0] <= bounds[1]:
+            raise ValueError(f"{me}: bounds[{name!r}] must be two numbers, low <= high, not {bounds!r}")
         if not bounds[0] <= value <= bounds[1]:
             raise ValueError(f"{me}: {name} = {value!r} is outside bounds[{name!r}] = {tuple(bounds)!r}")
 
@@ -157,12 +160,19 @@ class Level:
         return f"{self.rule}({', '.join(f'{name}: {spaces[name]}' for name in self.learn_names)})"
 
     def __truediv__(self, above: Level | Stack) -> Stack:
-        return Stack((self,)) / above if isinstance(above, Level | Stack) else NotImplemented
+        return Stack((self,)) / above
 
     def __rtruediv__(self, below: object) -> Stack:
         raise TypeError(
             f"only levels can be stacked, not {below!r}; a level is written with its parentheses: hx.Adam()"
         )
+
+    @classmethod
+    def _mapping(cls, name: str, value: Any) -> dict[str, Any]:
+        if value is None or isinstance(value, Mapping):
+            return dict(value or {})
+        example = {"space": '{"lr": "log"}', "bounds": '{"lr": (1e-8, 1.0)}', "initial_state": '{"exp_avg": 0.0}'}[name]
+        raise TypeError(f"{cls.__name__}: {name} must be a dict such as {example}, not {value!r}")
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
@@ -235,7 +245,10 @@ class Stack:
             return cls((stack,))
         if isinstance(stack, Stack):
             return stack
-        raise TypeError(f"stack must be a level or a stack, as hx.Adam(lr=1e-3) / hx.SGD(lr=1e-5), not {stack!r}")
+        raise TypeError(
+            f"stack must be a level or a stack, as hx.Adam(lr=1e-3) / hx.SGD(lr=1e-5), not {type(stack).__name__}; "
+            "it comes after params"
+        )
 
     def structure(self) -> str:
         """What two stacks must have in common for one to go on from the other's state."""
@@ -253,7 +266,9 @@ class Stack:
 
     def __truediv__(self, above: Level | Stack) -> Stack:
         if not isinstance(above, Level | Stack):
-            return NotImplemented
+            raise TypeError(
+                f"only levels can be stacked, not {above!r}; a level is written with its parentheses: hx.Adam()"
+            )
         return Stack(self.levels + Stack.coerce(above).levels)
 
     def __len__(self) -> int:

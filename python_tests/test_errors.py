@@ -62,7 +62,16 @@ def param(*shape, **kw):
         (lambda: hx.Stack.of(hx.Adam() / hx.SGD(), height=2), TypeError, "spec must be a level"),
         (lambda: hx.Stack.of(hx.Adam(), height=0), ValueError, "height must be at least 1"),
         (lambda: hx.Stack.of(hx.Adam(), height=2.0), TypeError, "height must be an int"),
-        (lambda: hx.Adam() / 0.1, TypeError, "unsupported operand"),
+        (lambda: hx.Adam() / 0.1, TypeError, "only levels can be stacked, not 0.1"),
+        (lambda: hx.Adam() / hx.SGD, TypeError, "parentheses"),
+        (lambda: hx.Adam(space="log"), TypeError, "space must be a dict such as"),
+        (lambda: hx.Adam(bounds=(0, 1)), TypeError, "bounds must be a dict such as"),
+        (lambda: hx.Adam(bounds={"lr": (None, 1)}), ValueError, "two numbers, low <= high"),
+        (lambda: hx.Adam(learn=5), TypeError, "learn must be a name or several"),
+        (lambda: hx.HyperOptimizer(hx.Adam(), [param()]), TypeError, "it comes after params"),
+        (lambda: hx.HyperOptimizer([{"params": [param()], "momentum": 0.5}], hx.Adam()), ValueError, "has no momentum"),
+        (lambda: hx.functional.sgd(param(), param(), None, {}, torch.tensor(1)), TypeError, "params must be a list"),
+        (lambda: hx.functional.sgd([param()], [None], None, {}, torch.tensor(1)), TypeError, "grads must be a list"),
         (lambda: hx.Adam / hx.SGD(), TypeError, "parentheses"),
         (lambda: hx.HyperOptimizer([param()], 1e-3), TypeError, "stack must be a level or a stack"),
         (lambda: hx.HyperOptimizer([param()], hx.Adam), TypeError, "stack must be a level or a stack"),
@@ -198,7 +207,8 @@ BAD_STATE_DICTS = {
         r"exp_avg of parameter 1 of group 0 has the shape \(3,\), but the parameter needs \(5,\)",
     ),
     "a missing state": (another_dict(lambda d: d["state"][1].pop("last_grad")), "state of parameter 1"),
-    "a torch.optim state": (lambda opt: torch.optim.Adam(other()).state_dict(), "stack None"),
+    "a torch.optim state": (lambda opt: torch.optim.Adam(other()).state_dict(), "not that of a HyperOptimizer"),
+    "an empty dict": (lambda opt: {}, "0 param groups"),
 }
 
 

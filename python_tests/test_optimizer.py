@@ -178,6 +178,35 @@ def test_the_next_step_starts_from_what_the_user_wrote():
             torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
 
 
+def test_assigning_to_a_group_is_writing():
+    problem = Regression(6)
+    opt = hx.HyperOptimizer(problem.model.parameters(), hx.SGD(lr=1e-2, momentum=0.5) / hx.SGD(lr=0.0))
+    problem.train(opt, range(2))
+    live = opt.hyperparameters()[0]["lr"]
+    for value in (0.1, 1, torch.tensor(0.2), torch.tensor([0.3])):
+        opt.param_groups[0]["lr"] = value
+        problem.train(opt, range(2, 3))
+        assert live == opt.param_groups[0]["lr"] == pytest.approx(float(value), rel=1e-6)
+    opt.param_groups[0]["lr"] = "fast"
+    with pytest.raises(TypeError, match="param group: lr must be a number"):
+        opt.step()
+
+
+@pytest.mark.parametrize("space", ["linear", "log", "square"])
+@pytest.mark.parametrize("learn", ["lr", ()])
+def test_what_is_written_is_projected(space, learn):
+    problem = Regression(4)
+    stack = hx.Adam(lr=0.1, learn=learn, space={"lr": space}, bounds={"lr": (0.01, 1.0)}) / hx.SGD(lr=0.0)
+    opt = hx.HyperOptimizer(problem.model.parameters(), stack)
+    lr, beta1 = opt.hyperparameters()[0]["lr"], opt.hyperparameters()[0]["beta1"]
+    for written, taken in [(-1.0, 0.01), (5.0, 1.0), (float("nan"), 1.0), (0.5, 0.5)]:
+        lr.fill_(written)
+        beta1.fill_(1.5)
+        problem.train(opt, range(1))
+        assert lr.item() == pytest.approx(taken, rel=1e-12)
+        assert 0.999 < beta1 < 1
+
+
 def test_schedulers_write_through():
     problem = Regression(10)
     opt = hx.HyperOptimizer(problem.model.parameters(), hx.Adam(lr=0.1, learn=()) / hx.SGD())

@@ -242,7 +242,8 @@ HX_FN Dual<T, A | B> where(bool condition, const Dual<T, A>& a, const Dual<T, B>
 // The larger one, with its tangents; of equal ones, a with a's. A NaN in either is the result.
 template <class T, Mask A, Mask B>
 HX_FN Dual<T, A | B> max(const Dual<T, A>& a, const Dual<T, B>& b) {
-  return where(a.value >= b.value || a.value != a.value, a, b);
+  const auto larger = where(a.value >= b.value, a, b);
+  return where(a.value == a.value, larger, a);  // two selects: gcc makes branches of one with a compound condition
 }
 template <class T, Mask A>
 HX_FN Dual<T, A> max(const Dual<T, A>& a, double b) {

@@ -1,6 +1,7 @@
 """Builds hyperopt_ext._C: the kernels of every rule in csrc/rules, CPU only or CPU and CUDA."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -71,4 +72,15 @@ def extension():
     )
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": cpp_extension.BuildExtension})
+class Build(cpp_extension.BuildExtension):
+    def build_extensions(self):
+        compiler = cpp_extension.get_cxx_compiler()
+        if shutil.which(compiler) is None:
+            sys.exit(
+                f"hyperopt_ext is built by a C++17 compiler, and there is no '{compiler}' here. Install one "
+                f"(on Debian: apt-get install g++) or name yours in CXX, then type: {INSTALL}"
+            )
+        super().build_extensions()
+
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": Build})

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -278,17 +280,23 @@ def test_the_tower_operator_checks_its_lists():
     assert torch.equal(group.tower, before)
 
 
+def build(folder, **env):
+    (folder / "setup.py").symlink_to(Path(__file__).parents[1] / "setup.py")
+    command = [sys.executable, "setup.py", "build_ext"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, **env})
+
+
 def test_building_without_torch_says_what_to_type(tmp_path):
     """`pip install .` in an isolated build environment has no torch."""
     (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
-    (tmp_path / "setup.py").symlink_to(__import__("pathlib").Path(__file__).parents[1] / "setup.py")
-    done = subprocess.run(
-        [sys.executable, "setup.py", "--version"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={"PYTHONPATH": str(tmp_path)},
-    )
+    done = build(tmp_path, PYTHONPATH=str(tmp_path))
     assert done.returncode != 0
     assert "pip install --no-build-isolation ." in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_building_without_a_compiler_says_what_to_type(tmp_path):
+    done = build(tmp_path, CXX="no-such-compiler")
+    assert done.returncode != 0
+    assert "there is no 'no-such-compiler' here" in done.stderr
     assert "Traceback" not in done.stderr

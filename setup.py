@@ -14,8 +14,8 @@ try:
     from torch.utils import cpp_extension
 except ImportError:
     sys.exit(
-        "hyperopt_ext is compiled against the torch that it will run with, and there is none in this environment "
-        f"({sys.prefix}). Install torch first, then type: {INSTALL}"
+        "hyperopt_ext is compiled against the torch that it will run with, and this build sees none (by default, pip "
+        f"builds in an environment of its own). Install torch first, then type: {INSTALL}"
     )
 
 ROOT = Path(__file__).resolve().parent

@@ -28,7 +28,7 @@ except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
     package = str(error.name).partition(".")[0]
-    raise SystemExit(f'demo: {package} is missing; type: pip install "hyperopt_ext[demo]"') from None
+    raise SystemExit(f"demo: {package} is missing; type: pip install matplotlib rich scikit-learn") from None
 
 GUESSES = ("far too small", "right", "far too large")
 # The logarithm of every learned step size is what moves: from 1e-6 to 1e-5 is as far as from 0.1 to 1.

@@ -10,22 +10,34 @@ are interleaved in one run see step_cost.py; the numbers here tell which part of
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from itertools import product
+
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 import hyperopt_ext as hx
-from hyperopt_ext import _C
+from hyperopt_ext import _C, levels
 from hyperopt_ext.stack import RULES
 
 SIZES = {"1x10k": (1, 10_000), "1x1M": (1, 1_000_000), "100x10k": (100, 10_000)}
 TINY = hx.SGD(lr=1e-14)  # as the level above, it leaves all values sane for any number of steps
 
-_LEVELS = [level for level in vars(hx).values() if isinstance(level, type) and issubclass(level, hx.Level)]
-_SPECS = [level() for level in _LEVELS if level is not hx.Level]
-_SPECS += [hx.SGD(momentum=0.9), hx.SGD(momentum=0.9, nesterov=True)]
-SPECS = {spec.rule: spec for spec in _SPECS}
+
+def variants() -> Iterator[hx.Level]:
+    """Every method with every choice of its structural arguments, with and without momentum where it has one."""
+    for method in levels.methods():
+        for choice in product((False, True), repeat=len(method.structural())):
+            structure = dict(zip(method.structural(), choice, strict=True))
+            for hyper in ({}, dict.fromkeys(method.optional, 0.9)):
+                with contextlib.suppress(ValueError):  # Nesterov's momentum without momentum
+                    yield method(**hyper, **structure)
+
+
+SPECS = {spec.rule: spec for spec in variants()}
 
 rules = pytest.mark.parametrize("rule", RULES)
 sizes = pytest.mark.parametrize("size", SIZES)

@@ -30,7 +30,7 @@ from harness import Contender, common_options, describe_machine, fit_line, forma
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
-from mlp import MLP, batches, mlp
+from mlp import MLP, batches, mlp, training_step
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -55,19 +55,6 @@ HIGHEST = {"autograd": 200, "package": 50}  # beyond, a round would take a secon
 def fused(height: int, dtype: torch.dtype = torch.float32) -> tuple[MLP, hx.HyperOptimizer]:
     model = MLP(dtype)
     return model, hx.HyperOptimizer(model.parameters(), hx.Stack.of(hx.Adam(lr=LR), height=height))
-
-
-def fused_training(height: int) -> Callable[[], None]:
-    model, optimizer = fused(height)
-    data = batches()
-
-    def step() -> None:
-        x, y = next(data)
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-
-    return step
 
 
 def fused_step(height: int) -> tuple[Contender, hx.HyperOptimizer]:
@@ -149,7 +136,7 @@ def measure(heights: Sequence[int], rounds: int) -> list[dict[str, Any]]:
     contenders = {("model", 0): Contender(model_alone())}
     optimizers = []
     for height in heights:
-        contenders["fused", height] = Contender(fused_training(height))
+        contenders["fused", height] = Contender(training_step(*fused(height)))
         contenders["fused step()", height], optimizer = fused_step(height)
         optimizers.append(optimizer)
         if height <= HIGHEST["autograd"]:

@@ -6,7 +6,7 @@ hypergradients of different batches agree.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import cycle
 
 import torch
@@ -42,3 +42,16 @@ def batches(dtype: torch.dtype = torch.float32, count: int = 16) -> Iterator[tup
     teacher = torch.randn(784, 10, dtype=dtype, generator=generator)
     inputs = [torch.randn(BATCH, 784, dtype=dtype, generator=generator) for _ in range(count)]
     return cycle([(x, (x @ teacher).argmax(1)) for x in inputs])
+
+
+def training_step(model: MLP, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """A function that makes one whole training step, on the next batch."""
+    data = batches()
+
+    def step() -> None:
+        x, y = next(data)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    return step

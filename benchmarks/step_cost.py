@@ -21,12 +21,11 @@ from harness import Contender, common_options, describe_machine, format_seconds,
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from mlp import MLP, SHAPES, batches
+from mlp import MLP, SHAPES, training_step
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.nn import functional as F
 
 import hyperopt_ext as hx
 
@@ -100,18 +99,6 @@ def check(optimizer: torch.optim.Optimizer) -> None:
     if isinstance(optimizer, hx.HyperOptimizer):
         assert optimizer.skipped_steps() == optimizer.held_steps() == 0
         assert all(torch.isfinite(h) for level in optimizer.hyperparameters() for h in level.values())
-
-
-def training_step(model: MLP, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    data = batches()
-
-    def step() -> None:
-        x, y = next(data)
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-
-    return step
 
 
 def optimizers_of(case: str) -> tuple[dict[str, dict[str, Contender]], list[torch.optim.Optimizer]]:

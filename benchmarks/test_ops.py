@@ -75,18 +75,19 @@ def operands(optimizer: hx.HyperOptimizer) -> tuple[object, ...]:
     def column(*names: str) -> list[Tensor]:
         return [optimizer.state[p][name] for name in names for p in params]
 
-    state, record = column(*RULES[base.rule]["state"]), column(*_C.record(base.rule, learn))
+    state, record = column(*RULES[base.rule]["state"]), column(*_C.record(base.rule, learn, base.horizon))
     grads = [p.grad for p in params]
-    return params, grads, state, record, column("step"), column("tick"), group["tower"], learn, 1.0
+    return params, grads, state, record, column("step"), column("tick"), group["tower"], [], learn, base.horizon, 1.0
 
 
 def tower_operands(optimizer: hx.HyperOptimizer, hypergradient: float) -> tuple[list[Tensor], ...]:
     [group] = optimizer.param_groups
     stack = optimizer.stack
-    sums = torch.full((1, len(stack[0].values()) + 1), hypergradient, dtype=torch.float64)
+    sums = torch.full((1, 2 * len(stack[0].values()) + 1), hypergradient, dtype=torch.float64)
     plan = torch.tensor(stack.plan()).view(len(stack), -1)
     bounds = torch.tensor([limit for level in stack for limit in level.limits()], dtype=torch.float64)
-    return [group["tower"]], [sums], [plan], [bounds]
+    settings = [[{**level.settings(), "skip": 0.0}[name] for name in _C.SETTINGS] for level in stack]
+    return [group["tower"]], [sums], [plan], [bounds], [torch.tensor(settings, dtype=torch.float64)]
 
 
 def check(optimizer: hx.HyperOptimizer) -> None:
@@ -101,7 +102,7 @@ def test_hypergradient_pass(benchmark: BenchmarkFixture, rule: str, size: str) -
     optimizer = new_optimizer(rule, size)
     op = getattr(torch.ops.hyperopt_ext, f"{rule}_hypergradient").default
     with torch.no_grad():
-        sums = benchmark(op, *operands(optimizer))
+        sums = benchmark(op, *operands(optimizer), False)
     assert sums.count_nonzero() > 0
 
 

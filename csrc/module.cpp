@@ -38,7 +38,7 @@ py::dict describe(const Rule& rule, int id) {
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  define_tower_op();
+  define_tower_ops();
   for (const Rule* rule : rules()) define_ops(*rule);
 
   m.attr("SKIPPED") = int(kSkipped);
@@ -50,16 +50,23 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     for (std::size_t i = 0; i < rules().size(); ++i) result.append(describe(*rules()[i], int(i)));
     return result;
   });
+  m.attr("SETTINGS") = std::vector<std::string>(kSettingNames.begin(), kSettingNames.end());
   m.def(
       "record",
-      [](const std::string& rule, Mask learn) {
-        const unsigned kept = find_rule(rule).set_for(learn).record;
+      [](const std::string& name, Mask learn, std::int64_t horizon) {
+        const Rule& rule = find_rule(name);
         std::vector<std::string> names;
+        if (horizon > 1) {
+          for (std::size_t i = 0; i < rule.hypers.size(); ++i)
+            if (learn & bit(int(i))) names.push_back(std::string("trace_") + rule.hypers[i].name);
+          return names;
+        }
+        const unsigned kept = rule.set_for(learn).record;
         if (kept & kGrad) names.emplace_back("last_grad");
         if (kept & kParam) names.emplace_back("last_param");
         return names;
       },
-      "The per-parameter tensors that a rule keeps of its last step, in the order of the operators' `record`.");
+      "The per-parameter tensors that a rule keeps of its last steps, in the order of the operators' `record`.");
   m.def(
       "tower_row",
       [](const Plan& plan, const std::vector<double>& values, const std::vector<double>& state) {
@@ -69,8 +76,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       "A fresh row of a tower, from the value of every hyperparameter and the start value of every state.");
   m.def(
-      "tower_live", [](const Plan& plan) { return tower_live(plan.data(), levels(plan)); },
-      "Where in a row the live values of each level start.");
+      "tower_offsets",
+      [](const Plan& plan) {
+        std::vector<std::pair<std::int64_t, std::int64_t>> offsets;
+        for (const Offsets& level : tower_offsets(plan.data(), levels(plan)))
+          offsets.emplace_back(level.live, level.bounded);
+        return offsets;
+      },
+      "Where in a row the live and the bounded values of each level start.");
 }
 
 }  // namespace

@@ -1,12 +1,14 @@
 // Schemas, autograd, version counters and Meta kernels. For a rule R, with n parameters:
 //
 //   R_hypergradient  pass A: what the last update's hyperparameters did to today's loss
+//   R_norms          how large the coming update and the parameters are
 //   R_step_          pass B: one update, in place
 //   R_settle_        closes the record of parameters that have no gradient in this step
 //   R                one update as a differentiable function of its hyperparameters
 //   R_backward       its backward
 //
-// and, between the two passes, tower_ for any number of towers of any height.
+// and, between the two passes, tower_ for any number of towers of any height, and cap_, which bounds their first level by
+// what R_norms gave.
 #include "ops.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -57,12 +59,27 @@ void wrote(TensorList tensors) {
   for (const Tensor& t : tensors) t.unsafeGetTensorImpl()->bump_version();
 }
 
-using Hypergradient = Tensor(TensorList, TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor&,
-                             std::int64_t, double);
-using Step = void(TensorList, TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor&, std::int64_t,
-                  double);
-using Settle = void(TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor&, std::int64_t);
-using Tower = void(TensorList, TensorList, TensorList, TensorList);
+// The arguments of a pass as its operators take them, and some more.
+template <class Result, class... More>
+using OfPass = Result(TensorList, TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor&,
+                      at::IntArrayRef, std::int64_t, std::int64_t, double, More...);
+
+// A kernel with these arguments, from a function of a Pass.
+template <class... More, class F>
+auto of_pass(F f) {
+  return [f](TensorList params, TensorList grads, TensorList state, TensorList record, TensorList steps,
+             TensorList ticks, const Tensor& tower, at::IntArrayRef rows, std::int64_t learn, std::int64_t horizon,
+             double scale, More... more) {
+    return f(Pass{params, grads, state, record, steps, ticks, tower, rows, Mask(learn), horizon, scale}, more...);
+  };
+}
+
+void call(const c10::TypedOperatorHandle<OfPass<void>>& op, const Pass& p) {
+  op.call(p.params, p.grads, p.state, p.record, p.steps, p.ticks, p.tower, p.rows, std::int64_t(p.learn), p.horizon,
+          p.scale);
+}
+
+using TowerOp = void(TensorList, TensorList, TensorList, TensorList, TensorList);
 using Update = std::vector<Tensor>(TensorList, TensorList, TensorList, TensorList, const Tensor&);
 using Backward = Tensor(TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor&);
 
@@ -93,11 +110,14 @@ void check_inputs(const Rule& rule, TensorList params, TensorList grads, TensorL
   }
 }
 
-// The arguments of tower_.
-void check_towers(TensorList towers, TensorList hypergradients, TensorList plans, TensorList bounds) {
+// The arguments of tower_ and cap_, whose `sums` have a certain number of columns for the first rule of a plan.
+template <class F>
+std::vector<TowerView> check_towers(TensorList towers, const char* name, TensorList sums, F&& columns_for,
+                                    TensorList plans, TensorList bounds, TensorList settings) {
   const std::size_t n = towers.size();
-  TORCH_CHECK_VALUE(hypergradients.size() == n && plans.size() == n && bounds.size() == n,
-                    "hypergradients, plans and bounds must hold one tensor for each of the ", n, " towers");
+  TORCH_CHECK_VALUE(sums.size() == n && plans.size() == n && bounds.size() == n && settings.size() == n, name,
+                    ", plans, bounds and settings must hold one tensor for each of the ", n, " towers");
+  std::vector<TowerView> views;
   for (std::size_t i = 0; i < n; ++i) {
     const auto matrix = [i](const char* name, const Tensor& t, at::ScalarType type, std::int64_t rows,
                             std::int64_t columns) {
@@ -118,10 +138,13 @@ void check_towers(TensorList towers, TensorList hypergradients, TensorList plans
     }
     const std::int64_t rows = towers[i].dim() == 2 ? towers[i].size(0) : 1;
     matrix("towers", towers[i], at::kDouble, rows, tower_width(columns, int(plan.size(0))));
-    matrix("hypergradients", hypergradients[i], at::kDouble, rows,
-           std::int64_t(rules()[std::size_t(columns[kRule])]->hypers.size()) + 1);
+    matrix(name, sums[i], at::kDouble, rows, columns_for(*rules()[std::size_t(columns[kRule])]));
     matrix("bounds", bounds[i], at::kDouble, hypers, 2);
+    matrix("settings", settings[i], at::kDouble, plan.size(0), kSettings);
+    views.push_back({towers[i].mutable_data_ptr<double>(), rows, towers[i].size(1), columns,
+                     bounds[i].const_data_ptr<double>(), settings[i].const_data_ptr<double>(), int(plan.size(0))});
   }
+  return views;
 }
 
 std::vector<double> values_of(TensorList tensors) {
@@ -176,17 +199,17 @@ void define_ops(const Rule& rule) {
   const std::string name = rule.name;
   const auto tag = std::vector<at::Tag>{at::Tag::pt2_compliant_tag};
   const auto define = [&](const std::string& schema) { library().def((name + schema).c_str(), tag); };
-  define(
-      "_hypergradient(Tensor[] params, Tensor[] grads, Tensor[] state, Tensor[] record, Tensor[] steps, Tensor[] "
-      "ticks, "
-      "Tensor tower, int learn, float scale) -> Tensor");
+  const std::string reads =
+      "(Tensor[] params, Tensor[] grads, Tensor[] state, Tensor[] record, Tensor[] steps, Tensor[] ticks, "
+      "Tensor tower, int[] rows, int learn, int horizon, float scale";
+  define("_hypergradient" + reads + ", bool norm) -> Tensor");
+  define("_norms" + reads + ") -> Tensor");
   define(
       "_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state, Tensor(c!)[] record, Tensor(d!)[] steps, "
-      "Tensor(e!)[] ticks, Tensor tower, int learn, float scale) -> ()");
+      "Tensor(e!)[] ticks, Tensor tower, int[] rows, int learn, int horizon, float scale) -> ()");
   define(
-      "_settle_(Tensor[] params, Tensor(a!)[] state, Tensor[] record, Tensor[] steps, Tensor(b!)[] ticks, Tensor "
-      "tower, "
-      "int learn) -> ()");
+      "_settle_(Tensor[] params, Tensor[] grads, Tensor(a!)[] state, Tensor(b!)[] record, Tensor[] steps, "
+      "Tensor(c!)[] ticks, Tensor tower, int[] rows, int learn, int horizon, float scale) -> ()");
   define("(Tensor[] params, Tensor[] grads, Tensor[] state, Tensor[] hyper, Tensor step) -> Tensor[]");
   define(
       "_backward(Tensor[] grad_params, Tensor[] params, Tensor[] grads, Tensor[] state, Tensor[] hyper, Tensor step) "
@@ -195,54 +218,45 @@ void define_ops(const Rule& rule) {
   const Rule* const r = &rule;
   using c10::DispatchKey;
 
-  impl_cpu(name + "_hypergradient",
-           [r](TensorList params, TensorList grads, TensorList state, TensorList record, TensorList steps,
-               TensorList ticks, const Tensor& tower, std::int64_t learn, double scale) {
-             return hypergradient_cpu(*r, {params, grads, state, record, steps, ticks, tower}, Mask(learn), scale);
-           });
-  impl(name + "_hypergradient", DispatchKey::Meta,
-       [r](TensorList, TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor& tower, std::int64_t,
-           double) {
-         return at::empty_symint({tower.sym_size(0), std::int64_t(r->hypers.size()) + 1}, tower.options());
-       });
-  library().impl((name + "_hypergradient").c_str(),
-                 torch::dispatch(DispatchKey::Autograd, torch::autograd::autogradNotImplementedFallback()));
+  const auto not_differentiable = [&](const std::string& op) {
+    library().impl(op.c_str(),
+                   torch::dispatch(DispatchKey::Autograd, torch::autograd::autogradNotImplementedFallback()));
+  };
+  const auto matrix = [](const Pass& pass, std::size_t columns) {
+    return at::empty_symint({pass.tower.sym_size(0), std::int64_t(columns)}, pass.tower.options());
+  };
 
-  impl_cpu(name + "_step_",
-           [r](TensorList params, TensorList grads, TensorList state, TensorList record, TensorList steps,
-               TensorList ticks, const Tensor& tower, std::int64_t learn, double scale) {
-             step_cpu(*r, {params, grads, state, record, steps, ticks, tower}, Mask(learn), scale);
-           });
+  impl_cpu(name + "_hypergradient",
+           of_pass<bool>([r](const Pass& pass, bool norm) { return hypergradient_cpu(*r, pass, norm); }));
+  impl(name + "_hypergradient", DispatchKey::Meta,
+       of_pass<bool>([r, matrix](const Pass& pass, bool) { return matrix(pass, 2 * r->hypers.size() + 1); }));
+  not_differentiable(name + "_hypergradient");
+
+  impl_cpu(name + "_norms", of_pass([r](const Pass& pass) { return norms_cpu(*r, pass); }));
+  impl(name + "_norms", DispatchKey::Meta, of_pass([matrix](const Pass& pass) { return matrix(pass, 3); }));
+  not_differentiable(name + "_norms");
+
+  impl_cpu(name + "_step_", of_pass([r](const Pass& pass) { step_cpu(*r, pass); }));
   impl(name + "_step_", DispatchKey::ADInplaceOrView,
-       [step = op<Step>(name + "_step_")](TensorList params, TensorList grads, TensorList state, TensorList record,
-                                          TensorList steps, TensorList ticks, const Tensor& tower, std::int64_t learn,
-                                          double scale) {
+       of_pass([step = op<OfPass<void>>(name + "_step_")](const Pass& pass) {
          {
            at::AutoDispatchBelowADInplaceOrView below;
-           step.call(params, grads, state, record, steps, ticks, tower, learn, scale);
+           call(step, pass);
          }
-         for (TensorList list : {params, state, record, steps, ticks}) wrote(list);
-       });
-  impl(name + "_step_", DispatchKey::Meta,
-       [](TensorList, TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor&, std::int64_t, double) {
-       });
+         for (TensorList list : {pass.params, pass.state, pass.record, pass.steps, pass.ticks}) wrote(list);
+       }));
+  impl(name + "_step_", DispatchKey::Meta, of_pass([](const Pass&) {}));
 
-  impl(name + "_settle_", DispatchKey::CPU,
-       [r](TensorList params, TensorList state, TensorList record, TensorList steps, TensorList ticks,
-           const Tensor& tower,
-           std::int64_t learn) { settle_cpu(*r, {params, params, state, record, steps, ticks, tower}, Mask(learn)); });
-  impl(
-      name + "_settle_", DispatchKey::ADInplaceOrView,
-      [settle = op<Settle>(name + "_settle_")](TensorList params, TensorList state, TensorList record, TensorList steps,
-                                               TensorList ticks, const Tensor& tower, std::int64_t learn) {
-        {
-          at::AutoDispatchBelowADInplaceOrView below;
-          settle.call(params, state, record, steps, ticks, tower, learn);
-        }
-        for (TensorList list : {state, ticks}) wrote(list);
-      });
-  impl(name + "_settle_", DispatchKey::Meta,
-       [](TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor&, std::int64_t) {});
+  impl(name + "_settle_", DispatchKey::CPU, of_pass([r](const Pass& pass) { settle_cpu(*r, pass); }));
+  impl(name + "_settle_", DispatchKey::ADInplaceOrView,
+       of_pass([settle = op<OfPass<void>>(name + "_settle_")](const Pass& pass) {
+         {
+           at::AutoDispatchBelowADInplaceOrView below;
+           call(settle, pass);
+         }
+         for (TensorList list : {pass.state, pass.record, pass.ticks}) wrote(list);
+       }));
+  impl(name + "_settle_", DispatchKey::Meta, of_pass([](const Pass&) {}));
 
   impl_cpu(name, [r](TensorList params, TensorList grads, TensorList state, TensorList hyper, const Tensor& step) {
     check_inputs(*r, params, grads, state, hyper, step);
@@ -279,34 +293,40 @@ void define_ops(const Rule& rule) {
        [](TensorList, TensorList, TensorList, TensorList, TensorList hyper, const Tensor&) {
          return at::empty({std::int64_t(hyper.size())}, hyper[0].options().dtype(at::kDouble));
        });
-  library().impl((name + "_backward").c_str(),
-                 torch::dispatch(DispatchKey::Autograd, torch::autograd::autogradNotImplementedFallback()));
+  not_differentiable(name + "_backward");
 }
 
-void define_tower_op() {
-  library().def("tower_(Tensor(a!)[] towers, Tensor[] hypergradients, Tensor[] plans, Tensor[] bounds) -> ()",
-                {at::Tag::pt2_compliant_tag});
-  impl("tower_", c10::DispatchKey::CPU,
-       [](TensorList towers, TensorList hypergradients, TensorList plans, TensorList bounds) {
-         check_towers(towers, hypergradients, plans, bounds);
-         for (std::size_t i = 0; i < towers.size(); ++i) {
-           const Tensor &tower = towers[i], &sums = hypergradients[i], &plan = plans[i];
-           const int levels = int(plan.size(0));
-           const std::int64_t* columns = plan.const_data_ptr<std::int64_t>();
-           for (std::int64_t row = 0; row < tower.size(0); ++row)
-             tower_step(tower.mutable_data_ptr<double>() + row * tower.size(1), columns,
-                        bounds[i].const_data_ptr<double>(), levels, sums.const_data_ptr<double>() + row * sums.size(1));
-         }
-       });
-  impl("tower_", c10::DispatchKey::ADInplaceOrView,
-       [step = op<Tower>("tower_")](TensorList towers, TensorList hypergradients, TensorList plans, TensorList bounds) {
-         {
-           at::AutoDispatchBelowADInplaceOrView below;
-           step.call(towers, hypergradients, plans, bounds);
-         }
-         wrote(towers);
-       });
-  impl("tower_", c10::DispatchKey::Meta, [](TensorList, TensorList, TensorList, TensorList) {});
+void define_tower_ops() {
+  const auto define = [](const std::string& name, const std::string& sums, auto kernel) {
+    library().def((name + "(Tensor(a!)[] towers, Tensor[] " + sums +
+                   ", Tensor[] plans, Tensor[] bounds, Tensor[] settings) -> ()")
+                      .c_str(),
+                  {at::Tag::pt2_compliant_tag});
+    impl(name, c10::DispatchKey::CPU, kernel);
+    impl(name, c10::DispatchKey::ADInplaceOrView,
+         [op = op<TowerOp>(name)](TensorList towers, TensorList sums, TensorList plans, TensorList bounds,
+                                  TensorList settings) {
+           {
+             at::AutoDispatchBelowADInplaceOrView below;
+             op.call(towers, sums, plans, bounds, settings);
+           }
+           wrote(towers);
+         });
+    impl(name, c10::DispatchKey::Meta, [](TensorList, TensorList, TensorList, TensorList, TensorList) {});
+  };
+  define("tower_", "hypergradients",
+         [](TensorList towers, TensorList hypergradients, TensorList plans, TensorList bounds, TensorList settings) {
+           const auto columns = [](const Rule& rule) { return 2 * std::int64_t(rule.hypers.size()) + 1; };
+           const auto views = check_towers(towers, "hypergradients", hypergradients, columns, plans, bounds, settings);
+           for (std::size_t i = 0; i < views.size(); ++i)
+             tower_step(views[i], hypergradients[i].const_data_ptr<double>());
+         });
+  define("cap_", "norms",
+         [](TensorList towers, TensorList norms, TensorList plans, TensorList bounds, TensorList settings) {
+           const auto columns = [](const Rule&) { return std::int64_t(3); };
+           const auto views = check_towers(towers, "norms", norms, columns, plans, bounds, settings);
+           for (std::size_t i = 0; i < views.size(); ++i) tower_cap(views[i], norms[i].const_data_ptr<double>());
+         });
 }
 
 }  // namespace hyperopt_ext

@@ -9,6 +9,6 @@ namespace hyperopt_ext {
 void define_ops(const Rule& rule);
 
 // Defines tower_, the operator that all rules share.
-void define_tower_op();
+void define_tower_ops();
 
 }  // namespace hyperopt_ext

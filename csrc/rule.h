@@ -29,13 +29,14 @@ namespace hyperopt_ext {
 
 // The coordinate x in which the level above moves a hyperparameter h = T(x).
 enum class Space : int {
-  linear,    // h = x
-  log,       // h = exp(x)
-  square,    // h = x^2
-  softplus,  // h = log(1 + exp(x))
-  tanh,      // h = (tanh(x) + 1) / 2
+  linear,          // h = x
+  log,             // h = exp(x)
+  square,          // h = x^2
+  softplus,        // h = log(1 + exp(x))
+  tanh,            // h = (tanh(x) + 1) / 2
+  multiplicative,  // h = exp(x), where a move by d multiplies h by 1 + d
 };
-constexpr std::array<const char*, 5> kSpaces{"linear", "log", "square", "softplus", "tanh"};
+constexpr std::array<const char*, 6> kSpaces{"linear", "log", "square", "softplus", "tanh", "multiplicative"};
 
 // One hyperparameter: its valid range is low <= h < high.
 struct Hyperparameter {
@@ -139,35 +140,39 @@ constexpr bool PenaltyIsLearned =
     (decltype(R::penalty(R::prepare(std::declval<Hypers<S>>(), 1.0), std::declval<Dual<double, 0>>()))::mask & S) != 0;
 
 // A run of elements of one tensor, as a kernel sees it. Parameters, gradients and last_param have the parameter's dtype;
-// state and last_grad its arithmetic type (fp32 for half precision).
+// state, last_grad and traces its arithmetic type (fp32 for half precision).
 struct Slice {
   void* param;
   void* grad;  // dL/dw, to be multiplied by `scale`; only read
   void* state[kMaxStates];
   void* last_grad;
   void* last_param;
+  void* trace[kMaxHypers];  // of the learned hyperparameters, if their horizon is longer than one step; else null
   std::int64_t count;
   double scale;
+  double keep;  // what a trace is multiplied by at each step
 };
 
 enum ScalarType : int { kFloat, kDouble, kHalf, kBFloat16, kScalarTypes };
 
-// The kernels of a rule for one element type. `prepare` runs once a step and fills kPreparedBytes; `sums` has one entry for
-// each hyperparameter of the learned set, lowest first, and, in pass A, one for the square of the gradient's norm. They
-// are added to.
+// The kernels of a rule for one element type. `prepare` runs once a step and fills kPreparedBytes. `sums` are added to.
 using PrepareKernel = void (*)(const double* hyper, double step, void* prepared);
 using SumKernel = void (*)(const Slice&, const void* prepared, double* sums);
 
 struct StepKernels {
   PrepareKernel prepare;
   void (*settle)(const Slice&, const void* last_prepared);
-  SumKernel squared_norm;  // of the gradient alone, for parameters without a record; nothing is prepared
-  SumKernel backward;      // over all hyperparameters, from the inputs of the step; prepared as for the last LearnedSet
+  SumKernel backward;  // over all hyperparameters, from the inputs of the step; prepared as for the last LearnedSet
 };
 
 struct LearnedKernels {
   void (*update)(const Slice&, const void* prepared, const void* last_prepared);
-  PrepareKernel prepare_dual;  // for hypergradient
+  // sums [2]: the squared norms of the coming change and of the parameters
+  void (*norms)(const Slice&, const void* prepared, const void* last_prepared, double* sums);
+  PrepareKernel prepare_dual;  // for the two below
+  void (*traced_update)(const Slice&, const void* prepared_dual);
+  // sums [2 n + 1] over the n hyperparameters of the set, lowest first: of G z, of z^2, and of G^2, where G is the
+  // gradient and z the derivative of the last update
   SumKernel hypergradient;
 };
 
@@ -190,6 +195,7 @@ struct Rule {
   std::vector<LearnedSet> sets;  // smallest first, from none to all hyperparameters
   StepKernels cpu[kScalarTypes];
   LevelKernel level;
+  int lr;  // the index of the hyperparameter that every update is proportional to; -1: there is none
 
   // The smallest compiled set that holds all of `learn`.
   const LearnedSet& set_for(Mask learn) const {

@@ -8,35 +8,41 @@
 
 namespace hyperopt_ext {
 
-// A tower is one row of a float64 tensor [towers, width]:
+// A tower is a float64 tensor [rows, width], one row for all parameters of a group or one for each tensor of it:
 //
 //   header    ticks     steps made so far by level 0
 //             moves     steps made so far by the levels above it
-//             ok        0 if the last gradient was not finite: then nothing moves in this step
-//             skipped   how often that happened
-//             held      how often a hypergradient was not finite: then the parameters move, and the levels above do not
+//             ok        0 if level 0 does not move in this step
+//             skipped   steps in which nothing moved, because a number was not finite
+//             held      steps in which the parameters moved, but not the levels above, because a hypergradient was not
+//                       finite
 //             (free)
 //   level k   used      [hypers]             the values of the most recent update
 //             previous  [hypers]             those of the update before it
 //             live      [hypers]             what the user sees and may write to
+//             seen      [hypers]             the live values after the last step: what differs was written by the user
 //             x         [hypers]             the raw coordinates
+//             bounded   [hypers]             how many moves were cut by bounds, growth or trust
 //             state     [states, n]          of the n hyperparameters of level k-1 that this level moves
-//             tangents  [n, hypers]          d x_{k-1} / d h_k of the most recent update
+//             tangents  [n, hypers]          d x_{k-1} / d h_k of the most recent update, or their traces
 //
 // with level 0, which moves the parameters, first (n = 0).
 constexpr int kHeader = 8;
 enum Header : int { kTicks, kMoves, kOk, kSkipped, kHeld };
+constexpr int kValues = 6;  // numbers of a level for each of its hyperparameters
 
 struct LevelRow {
-  double *used, *previous, *live, *x, *state, *tangents;
+  double *used, *previous, *live, *seen, *x, *bounded, *state, *tangents;
   int hypers, states, n;
 
   LevelRow(double* start, int hypers, int states, int n)
       : used(start),
         previous(used + hypers),
         live(previous + hypers),
-        x(live + hypers),
-        state(x + hypers),
+        seen(live + hypers),
+        x(seen + hypers),
+        bounded(x + hypers),
+        state(bounded + hypers),
         tangents(state + states * n),
         hypers(hypers),
         states(states),
@@ -48,16 +54,48 @@ struct LevelRow {
 enum PlanColumn : int { kRule, kLearn, kCoordinates, kPlanColumns };
 constexpr int kSpaceBits = 4;  // of kCoordinates, for each hyperparameter
 
-// The number of doubles in a row, and where in it the live values of each level start.
+// One row of the settings, a float64 tensor [levels, kSettings]: how the hyperparameters of a level are moved.
+enum Setting : int {
+  kClip,        // the largest norm of the hypergradient; infinite: any
+  kNormalize,   // 1: the hypergradient is the cosine between the gradient and the derivative of the update
+  kGrowth,      // the largest factor by which lr grows in a step; infinite: any
+  kBurnIn,      // first moves that are left out
+  kHorizon,     // steps whose derivatives make the hypergradient
+  kLimit,       // what lr converges to,
+  kLimitSteps,  // and in about how many steps; infinite: it does not
+  kTrust,       // of level 0: the largest norm of an update, as a part of the norm of the parameters; infinite: any
+  kPerTensor,   // 1: each row has values of its own; 0: the rows of a tower share this level's
+  kSkip,        // of level 0: 1: a hypergradient that is not finite skips the step, too, not the move alone
+  kSettings
+};
+constexpr std::array<const char*, kSettings> kSettingNames{"clip",  "normalize",   "growth", "burn_in",    "horizon",
+                                                           "limit", "limit_steps", "trust",  "per_tensor", "skip"};
+
+// The number of doubles in a row, and where in it the live and the bounded values of each level start.
 std::int64_t tower_width(const std::int64_t* plan, int levels);
-std::vector<std::int64_t> tower_live(const std::int64_t* plan, int levels);
+struct Offsets {
+  std::int64_t live, bounded;
+};
+std::vector<Offsets> tower_offsets(const std::int64_t* plan, int levels);
 
 // Sets a row up: live values and coordinates from `values` [sum of hypers], accumulators from `state`, one value for each
 // state of each level.
 void tower_reset(double* row, const std::int64_t* plan, int levels, const double* values, const double* state);
 
-// One step of a tower, from the sums of pass A [hypers + 1]: the hypergradient of level 0 (0 if there was no update yet)
-// and the square of the gradient's norm.
-void tower_step(double* row, const std::int64_t* plan, const double* bounds, int levels, const double* sums);
+// A tower and what it was built from.
+struct TowerView {
+  double* start;  // [rows, width]
+  std::int64_t rows, width;
+  const std::int64_t* plan;  // [levels, kPlanColumns]
+  const double* bounds;      // [sum of hypers, 2]
+  const double* settings;    // [levels, kSettings]
+  int levels;
+};
+
+// One step of all rows, from what pass A gave, [rows, 2 hypers + 1] (hypergradient_cpu in cpu/passes.h).
+void tower_step(const TowerView& tower, const double* sums);
+
+// Lowers the lr of level 0 where the coming update is larger than `trust` allows, from the norms [rows, 3] of norms_cpu.
+void tower_cap(const TowerView& tower, const double* norms);
 
 }  // namespace hyperopt_ext

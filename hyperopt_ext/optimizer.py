@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer
 from hyperopt_ext import _C
 from hyperopt_ext.stack import RULES, Level, Stack
 
+_POLICIES = ("hold", "skip", "raise")
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -23,10 +24,12 @@ def _state_dtype(p: Tensor, name: str) -> torch.dtype:
     return p.dtype if name == "last_param" or p.dtype == torch.float64 else torch.float32
 
 
-def _new_tower(stack: Stack, device: torch.device) -> Tensor:
+def _new_tower(stack: Stack, params: list[Tensor], device: torch.device) -> Tensor:
+    """One row for all parameters, or, if the first level has hyperparameters for each tensor, one for each."""
     values = [float(value) for level in stack for value in level.values().values()]
     start = [value for level in stack for value in level.start().values()]
-    return torch.tensor([_C.tower_row(stack.plan(), values, start)], dtype=torch.float64, device=device)
+    row = torch.tensor(_C.tower_row(stack.plan(), values, start), dtype=torch.float64, device=device)
+    return row.repeat(len(params) if stack[0].granularity == "tensor" else 1, 1)
 
 
 class _Group:
@@ -38,19 +41,38 @@ class _Group:
         self.group = group
         self.tower: Tensor = group["tower"]
         self.learn = base.learn_mask() if len(stack) > 1 else 0
-        limits = [limit for level in stack for limit in level.limits()]
-        self.plan = torch.tensor(plan, device=self.tower.device).view(len(stack), -1)
-        self.bounds = torch.tensor(limits, dtype=torch.float64, device=self.tower.device)
-        self.hyperparameters = [
-            {name: self.tower[0, start + i] for i, name in enumerate(level.values())}
-            for start, level in zip(_C.tower_live(plan), stack, strict=True)
-        ]
+        self.horizon = base.horizon
+        self.nonfinite: str | None = group["nonfinite"]
+        self.capped = base.trust is not None
+        # The row of each parameter, if they have rows of their own.
+        self.row_of = {p: i for i, p in enumerate(group["params"])} if base.granularity == "tensor" else None
+        device = self.tower.device
+        settings = [{**level.settings(), "skip": float(self.nonfinite in ("skip", "raise"))} for level in stack]
+        self.plan = torch.tensor(plan, device=device).view(len(stack), -1)
+        self.bounds = torch.tensor(
+            [limit for level in stack for limit in level.limits()], dtype=torch.float64, device=device
+        )
+        self.settings = torch.tensor(
+            [[values[name] for name in _C.SETTINGS] for values in settings], dtype=torch.float64, device=device
+        )
+        offsets = _C.tower_offsets(plan)
+        self.hyperparameters = [self._views(level, live) for level, (live, _) in zip(stack, offsets, strict=True)]
+        self.bounded = [self._views(level, bounded) for level, (_, bounded) in zip(stack, offsets, strict=True)]
         self.states = base.start()
-        self.records = _C.record(base.rule, self.learn)
+        self.records = _C.record(base.rule, self.learn, self.horizon)
         ops = torch.ops.hyperopt_ext
         self.hypergradient = getattr(ops, f"{base.rule}_hypergradient").default
+        self.norms = getattr(ops, f"{base.rule}_norms").default
         self.step = getattr(ops, f"{base.rule}_step_").default
         self.settle = getattr(ops, f"{base.rule}_settle_").default
+
+    def _views(self, level: Level, start: int) -> dict[str, Tensor]:
+        """What the tower holds for each hyperparameter of a level: no dimension, or one of the parameters."""
+        rows = self.tower if level.granularity == "tensor" else self.tower[0]
+        return {name: rows[..., start + i] for i, name in enumerate(level.values())}
+
+    def count(self, column: int) -> Tensor:
+        return self.tower[0, column] if self.row_of is None else self.tower[:, column]
 
     def adopt_assignments(self) -> None:
         """``group["lr"] = 0.1`` is ``group["lr"].fill_(0.1)``: the entry is a view of the tower again."""
@@ -59,9 +81,10 @@ class _Group:
             if value is live:
                 continue
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number and not (isinstance(value, Tensor) and value.numel() == 1):
+            if not number and not (isinstance(value, Tensor) and value.numel() in (1, live.numel())):
                 raise TypeError(f"param group: {name} must be a number or a tensor of one, not {value!r}")
-            live.copy_(value.reshape(()) if isinstance(value, Tensor) else torch.tensor(value, dtype=live.dtype))
+            value = value if isinstance(value, Tensor) else torch.tensor(value, dtype=live.dtype)
+            live.copy_(value.reshape(()) if value.numel() == 1 else value)
             self.group[name] = live
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
@@ -73,46 +96,69 @@ class _Group:
         return state
 
 
-class _Lists:
-    """Some parameters of a group and their state, in the order that the operators take (csrc/cpu/passes.h)."""
-
-    def __init__(self, group: _Group, params: list[Tensor], states: list[dict[str, Tensor]]) -> None:
-        self.params = params
-        self.state = [state[name] for name in group.states for state in states]
-        self.record = [state[name] for name in group.records for state in states]
-        self.steps = [state["step"] for state in states]
-        self.ticks = [state["tick"] for state in states]
-
-
 class _Update:
     """One step of one group: its parameters that have a gradient, and the idle ones that moved before."""
 
     def __init__(self, group: _Group, params: list[Tensor], state: dict[Tensor, dict[str, Tensor]]) -> None:
         self.group = group
         self.new = {p: group.new_state(p) for p in params if p not in state}
-        self.active = _Lists(group, params, [state[p] if p in state else self.new[p] for p in params])
-        idle = []
-        if len(params) != len(group.group["params"]):
+        states = [state[p] if p in state else self.new[p] for p in params]
+        self.active = self._arguments(params, [p.grad for p in params], states)
+        self.idle = None
+        if group.row_of is None and len(params) != len(group.group["params"]):
             moving = set(params)
             idle = [p for p in group.group["params"] if p in state and p not in moving]
-        self.idle = _Lists(group, idle, [state[p] for p in idle]) if idle else None
-        self.grads = [p.grad for p in params]
-        self.scale = -1.0 if group.group["maximize"] else 1.0
+            self.idle = self._arguments(idle, idle, [state[p] for p in idle])
+
+    def _arguments(self, params: list[Tensor], grads: list[Any], states: list[dict[str, Tensor]]) -> tuple[Any, ...]:
+        """What the operators of a pass take (csrc/cpu/passes.h)."""
+        g = self.group
+        return (
+            params,
+            grads,
+            [state[name] for name in g.states for state in states],
+            [state[name] for name in g.records for state in states],
+            [state["step"] for state in states],
+            [state["tick"] for state in states],
+            g.tower,
+            [] if g.row_of is None else [g.row_of[p] for p in params],
+            g.learn,
+            g.horizon,
+            -1.0 if g.group["maximize"] else 1.0,
+        )
 
     def hypergradient(self) -> Tensor:
         """Pass A. Checks all lists before anything is changed."""
-        a, g = self.active, self.group
-        sums: Tensor = g.hypergradient(
-            a.params, self.grads, a.state, a.record, a.steps, a.ticks, g.tower, g.learn, self.scale
-        )
+        sums: Tensor = self.group.hypergradient(*self.active, self.group.nonfinite is not None)
+        if self.group.nonfinite == "raise" and not bool(sums.isfinite().all()):
+            raise FloatingPointError("a gradient, or a hypergradient, is not finite; nothing was changed in this step")
         return sums
 
     def step(self) -> None:
         """Pass B."""
-        a, g, idle = self.active, self.group, self.idle
-        if idle is not None:
-            g.settle(idle.params, idle.state, idle.record, idle.steps, idle.ticks, g.tower, g.learn)
-        g.step(a.params, self.grads, a.state, a.record, a.steps, a.ticks, g.tower, g.learn, self.scale)
+        if self.idle is not None:
+            self.group.settle(*self.idle)
+        self.group.step(*self.active)
+
+
+def _move_towers(updates: list[_Update]) -> None:
+    """All towers in one call, and, where ``trust`` asks for it, the largest lr that the coming update allows."""
+
+    def apply(op: Any, some: list[_Update], sums: list[Tensor]) -> None:
+        groups = [update.group for update in some]
+        if groups:
+            op(
+                [g.tower for g in groups],
+                sums,
+                [g.plan for g in groups],
+                [g.bounds for g in groups],
+                [g.settings for g in groups],
+            )
+
+    ops = torch.ops.hyperopt_ext
+    apply(ops.tower_.default, updates, [update.hypergradient() for update in updates])
+    capped = [update for update in updates if update.group.capped]
+    apply(ops.cap_.default, capped, [update.group.norms(*update.active) for update in capped])
 
 
 class HyperOptimizer(Optimizer):
@@ -131,27 +177,34 @@ class HyperOptimizer(Optimizer):
             case.
         stack: a level or a stack of levels, as ``hx.Adam(lr=1e-3) / hx.SGD(lr=1e-5)``.
         maximize: maximise the objective instead of minimising it; for the whole tower. Default: False.
+        nonfinite: what happens where a number is not finite. ``"hold"``: because of a gradient the group sits the step
+            out, because of a hypergradient only the tower does. ``"skip"``: because of either, the group sits the step
+            out. ``"raise"``: before anything is changed, a ``FloatingPointError`` (which makes the host wait for the
+            device at every step). Default: ``None``, as ``"hold"`` if something is learned; a stack of one level does
+            what ``torch.optim`` does.
 
     State, in ``opt.state[p]``: ``step`` (updates made) and ``tick`` (the step of the tower that the last one belongs
     to), both int64 of no dimension; the rule's state, and, where the next hypergradient needs it, ``last_grad``, each
     of the parameter's shape in fp32 (fp64 for fp64 parameters), and ``last_param``, a copy of the parameter before its
     last update (of rules with decoupled weight decay). If a learned hyperparameter reaches the state (Adam's betas), or
     the update is made of a state that it replaces (Lion, Adadelta), the state is that *before* the update that
-    ``last_grad`` made: it is advanced in the next step.
+    ``last_grad`` made: it is advanced in the next step. With a ``horizon`` of more than one step there is neither of
+    the two and no lag, but a ``trace_lr`` (and so on) for each learned hyperparameter, in the state's dtype.
 
     Current values are in ``param_groups`` by name (``"lr"``, ``"beta1"``, ...) for the first level and in
     :meth:`hyperparameters` for all: float64 tensors of no dimension on the parameters' device. They may be written to
     (``group["lr"].fill_(0.1)``, or ``group["lr"] = 0.1``); the next step starts from what it finds, projected to the
-    bounds.
+    bounds. Of a level with ``granularity="tensor"`` they have one number for each parameter of the group, in its
+    order.
 
-    Non-finite numbers do not spread. If something is learned, a group whose gradient is not finite, or so large that
-    its squared norm is not, stays as it is in that step, and :meth:`skipped_steps` counts it. If the gradient is finite
-    but a hypergradient is not, the parameters move and the tower stays as it is; :meth:`held_steps` counts that. A
-    stack of one level does what ``torch.optim`` does.
+    Non-finite numbers do not spread: see ``nonfinite``. A gradient so large that its squared norm is not finite counts
+    as one that is not. :meth:`skipped_steps` counts the steps that a group sat out, :meth:`held_steps` those that its
+    tower did, and :meth:`bounded_steps` how often ``bounds``, ``growth`` or ``trust`` cut a move.
 
     Raises:
         TypeError: a parameter is not floating-point or not dense, or the stack is not one.
-        ValueError: a parameter appears twice, a group spans devices, or a hyperparameter is out of its range.
+        ValueError: a parameter appears twice, a group spans devices, a hyperparameter is out of its range, or
+            ``nonfinite`` is no policy.
     """
 
     def __init__(
@@ -160,8 +213,9 @@ class HyperOptimizer(Optimizer):
         stack: Level | Stack,
         *,
         maximize: bool = False,
+        nonfinite: str | None = None,
     ) -> None:
-        super().__init__(params, {"stack": Stack.coerce(stack), "maximize": maximize})
+        super().__init__(params, {"stack": Stack.coerce(stack), "maximize": maximize, "nonfinite": nonfinite})
 
     @property
     def stack(self) -> Stack:
@@ -175,11 +229,15 @@ class HyperOptimizer(Optimizer):
 
     def skipped_steps(self, group: int = 0) -> Tensor:
         """How many steps changed nothing, because a gradient was not finite: float64, no dimension, live."""
-        return self._groups[group].tower[0, _C.SKIPPED]
+        return self._groups[group].count(_C.SKIPPED)
 
     def held_steps(self, group: int = 0) -> Tensor:
         """How many steps left the tower as it was, because a hypergradient was not finite: float64, 0-d, live."""
-        return self._groups[group].tower[0, _C.HELD]
+        return self._groups[group].count(_C.HELD)
+
+    def bounded_steps(self, group: int = 0) -> list[dict[str, Tensor]]:
+        """How many moves of each hyperparameter ``bounds``, ``growth`` or ``trust`` cut, one dict a level: live."""
+        return [dict(level) for level in self._groups[group].bounded]
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -208,14 +266,7 @@ class HyperOptimizer(Optimizer):
             if params:
                 updates.append(_Update(group, params, self.state))
 
-        hypergradients = [update.hypergradient() for update in updates]
-        if updates:
-            torch.ops.hyperopt_ext.tower_.default(
-                [update.group.tower for update in updates],
-                hypergradients,
-                [update.group.plan for update in updates],
-                [update.group.bounds for update in updates],
-            )
+        _move_towers(updates)
         for update in updates:
             update.step()
             self.state.update(update.new)
@@ -231,10 +282,13 @@ class HyperOptimizer(Optimizer):
         elif not isinstance(group["params"], set):
             group["params"] = list(group["params"])
         stack = self._stack_for(group)
+        policy = group.get("nonfinite", self.defaults["nonfinite"])
+        if policy is not None and policy not in _POLICIES:
+            raise ValueError(f"nonfinite is {policy!r}, but the policies are {', '.join(map(repr, _POLICIES))}")
         device = self._check_params(group["params"])
         super().add_param_group(group)
         group["stack"] = stack
-        group["tower"] = _new_tower(stack, device)
+        group["tower"] = _new_tower(stack, group["params"], device)
         self._attach()
 
     def _stack_for(self, group: dict[str, Any]) -> Stack:
@@ -327,7 +381,7 @@ class HyperOptimizer(Optimizer):
         self._attach()
         for attached, values in zip(self._groups, saved, strict=True):
             for name, live in attached.hyperparameters[0].items():
-                live.fill_(values.get(name, live))  # the caller may have edited them
+                live.copy_(values.get(name, live))  # the caller may have edited them
         keys = [key for group in loaded["param_groups"] for key in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for key, p in zip(keys, params, strict=True):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, MISSING, Field, dataclass, field, fields, replace
-from typing import Any, ClassVar
+from itertools import pairwise
+from typing import Any, ClassVar, TypeGuard
 
 from hyperopt_ext import _C
 
@@ -18,11 +19,18 @@ _RANGES = {
     "square": (0.0, math.inf),
     "softplus": (0.0, math.inf),
     "tanh": (0.0, 1.0),
+    "multiplicative": (0.0, math.inf),
 }
 assert list(_RANGES) == _C.spaces()
 
 # How close a learned coefficient may come to an open end of its range (a beta of exactly 1 has no bias correction).
 _OPEN_END = 2.0**-30
+
+_GRANULARITIES = ("group", "tensor")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _known(level: str, argument: str, names: Sequence[str], known: Sequence[str]) -> None:
@@ -40,15 +48,39 @@ class Level:
             Chandra et al. (NeurIPS 2022) tune for the rule, ``()`` is none. The top level of a stack has nothing above
             it: its hyperparameters stay fixed.
         space: for each name, the coordinate x in which it is moved: ``"linear"`` (h = x), ``"log"`` (h = exp x),
-            ``"square"`` (h = x²), ``"softplus"`` (h = log(1 + exp x)) or ``"tanh"`` (h = (tanh x + 1) / 2, the paper's
-            choice for betas). Default: tanh for betas, log for eps, linear for all others.
+            ``"square"`` (h = x²), ``"softplus"`` (h = log(1 + exp x)), ``"tanh"`` (h = (tanh x + 1) / 2, the paper's
+            choice for betas) or ``"multiplicative"`` (h = exp x, but a move by d multiplies h by 1 + d: with
+            ``normalize``, the multiplicative rule of Baydin et al., ICLR 2018). Default: tanh for betas, log for eps,
+            linear for all others.
         bounds: for each name, ``(low, high)`` that a learned value is projected to. Default: its valid range, so that a
             learning rate does not turn negative and a beta does not reach 1.
         initial_state: for each state tensor of the rule, the number that it starts from. Default: 0.
+        horizon: how many steps back a hypergradient looks, >= 1. With 1 it is that of the paper, which judges a step
+            by the next gradient alone and so prefers step sizes that are too small (Wu et al., "Understanding
+            Short-Horizon Bias in Stochastic Meta-Optimization", ICLR 2018). With n, each learned hyperparameter has a
+            trace z <- (1 - 1/n) z + d(update)/dh, one tensor a parameter, and the hypergradient is <gradient, z>: the
+            long-horizon hypergradients of Franceschi et al. (ICML 2017, RTHO) and Donini et al. (IJCAI 2020, MARTHE),
+            discounted and without their second derivatives. Default: 1.
+        granularity: ``"group"``, one set of this level's hyperparameters for all that it moves, or ``"tensor"``, one
+            for each parameter tensor, if the levels below have it, too. Default: ``"group"``.
+        normalize: the level above gets the cosine between the gradient and the derivative of the update instead of
+            their product, a number in [-1, 1] that no scale enters (Baydin et al., ICLR 2018, multiplicative rule).
+            Default: False.
+        clip: the norm to which the hypergradient of this level is clipped, > 0 (Pascanu et al., ICML 2013). Default:
+            None, none.
+        growth: the factor, > 1, by which a learned lr grows at most in one step (as in D-Adaptation: Defazio &
+            Mishchenko, ICML 2023). Default: None, any.
+        trust: tau > 0, of the first level: lr is lowered where the norm of an update would exceed tau times the norm
+            of the parameters, which LARS (You et al., 2017) and LAMB (You et al., ICLR 2020) measure steps by, from the
+            first step on. Parameters whose root mean square is below 1e-3 count as if it were that, so that zeros can
+            move (as in Adafactor: Shazeer & Stern, ICML 2018). Costs a third pass, which only reads. Default: None.
+        burn_in: first steps in which this level is not tuned, >= 0. Default: 0.
+        converge: ``(limit, steps)``: the lr in use is d(t) lr + (1 - d(t)) limit, d(t) = 1 / (1 + (t / steps)²), a
+            convergent step size (Baydin et al., ICLR 2018, section 5). Default: None.
 
     Raises:
         ValueError: a value out of its range or not finite, or an unknown name.
-        TypeError: a value that is not a number.
+        TypeError: a value that is not a number, or an unknown argument.
     """
 
     _: KW_ONLY
@@ -56,6 +88,14 @@ class Level:
     space: Mapping[str, str] = field(default_factory=dict)
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     initial_state: Mapping[str, float] = field(default_factory=dict)
+    horizon: int = 1
+    granularity: str = "group"
+    normalize: bool = False
+    clip: float | None = None
+    growth: float | None = None
+    trust: float | None = None
+    burn_in: int = 0
+    converge: tuple[float, float] | None = None
 
     # Hyperparameters without which (0 and not learned) the method is another rule, with less state.
     optional: ClassVar[tuple[str, ...]] = ()
@@ -73,7 +113,8 @@ class Level:
     @classmethod
     def structural(cls) -> tuple[str, ...]:
         """The arguments that are not numbers but choose a variant of the method."""
-        return tuple(f.name for f in fields(cls) if isinstance(f.default, bool))
+        own = {f.name for f in fields(Level)}
+        return tuple(f.name for f in fields(cls) if isinstance(f.default, bool) and f.name not in own)
 
     @property
     def rule(self) -> str:
@@ -84,6 +125,13 @@ class Level:
     def values(self) -> dict[str, float]:
         """The start value of each hyperparameter of the rule, in the rule's order."""
         return {h["name"]: getattr(self, h["name"]) for h in RULES[self.rule]["hypers"]}
+
+    def __new__(cls, *args: Any, **arguments: Any) -> Level:
+        known = [f.name for f in fields(cls)]
+        for name in arguments:
+            if name not in known:
+                raise TypeError(f"{cls.__name__} has no argument {name!r}; its arguments are {', '.join(known)}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if isinstance(self.learn, str):
@@ -101,10 +149,35 @@ class Level:
         _known(me, "initial_state", list(self.initial_state), RULES[self.rule]["state"] or ["no state"])
         for h, value in zip(hypers, self.values().values(), strict=True):
             self._check_value(me, h, value)
+        self._check_safeguards(me)
+
+    def _check_safeguards(self, me: str) -> None:
+        for name, low in [("clip", 0.0), ("growth", 1.0), ("trust", 0.0)]:
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and low < value < math.inf):
+                raise ValueError(f"{me}: {name} must be None or a number greater than {low:g}, not {value!r}")
+        for name, least in [("horizon", 1), ("burn_in", 0)]:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{me}: {name} must be a whole number of steps, at least {least}, not {value!r}")
+        if not isinstance(self.normalize, bool):
+            raise TypeError(f"{me}: normalize must be True or False, not {self.normalize!r}")
+        if self.granularity not in _GRANULARITIES:
+            known = ", ".join(map(repr, _GRANULARITIES))
+            raise ValueError(f"{me}: granularity is {self.granularity!r}, but the granularities are {known}")
+        if self.converge is not None:
+            pair = (
+                isinstance(self.converge, Sequence) and len(self.converge) == 2 and all(map(_is_number, self.converge))
+            )
+            if not pair or not (0 <= self.converge[0] < math.inf and 0 < self.converge[1] < math.inf):
+                raise ValueError(
+                    f"{me}: converge must be (limit >= 0, steps > 0), as (1e-3, 1000), not {self.converge!r}"
+                )
+            object.__setattr__(self, "converge", tuple(self.converge))
 
     def _check_value(self, me: str, h: _C.HyperparameterInfo, value: object) -> None:
         name, low, high = h["name"], h["low"], h["high"]
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if not _is_number(value):
             raise TypeError(f"{me}: {name} must be a number, not {value!r}")
         if not (low <= value < high and math.isfinite(value)):
             raise ValueError(f"{me}: {name} must be in [{low:g}, {high:g}), not {value!r}")
@@ -150,6 +223,21 @@ class Level:
         """The start value of each state tensor of the rule."""
         return {name: float(self.initial_state.get(name, 0.0)) for name in RULES[self.rule]["state"]}
 
+    def settings(self) -> dict[str, float]:
+        """How the hyperparameters of this level are moved, by the names of csrc/tower.h."""
+        limit, limit_steps = self.converge or (0.0, math.inf)
+        return {
+            "clip": math.inf if self.clip is None else self.clip,
+            "normalize": float(self.normalize),
+            "growth": math.inf if self.growth is None else self.growth,
+            "burn_in": self.burn_in,
+            "horizon": self.horizon,
+            "limit": limit,
+            "limit_steps": limit_steps,
+            "trust": math.inf if self.trust is None else self.trust,
+            "per_tensor": float(self.granularity == "tensor"),
+        }
+
     def replace(self, **changes: Any) -> Level:
         """The same level with other arguments."""
         return replace(self, **changes)
@@ -157,7 +245,10 @@ class Level:
     def structure(self) -> str:
         """What two levels must have in common for one to go on from the other's state: all but the numbers."""
         spaces = dict(zip(self.values(), self.coordinates(), strict=True))
-        return f"{self.rule}({', '.join(f'{name}: {spaces[name]}' for name in self.learn_names)})"
+        parts = [f"{name}: {spaces[name]}" for name in self.learn_names]
+        parts += ["traced"] * (self.horizon > 1)
+        parts += ["per tensor"] * (self.granularity == "tensor")
+        return f"{self.rule}({', '.join(parts)})"
 
     def __truediv__(self, above: Level | Stack) -> Stack:
         return Stack((self,)) / above
@@ -221,6 +312,16 @@ class Stack:
                 raise TypeError(f"Stack: levels holds a stack, {level}; write a / b to put one stack on top of another")
             if not isinstance(level, Level):
                 raise TypeError(f"Stack: levels must hold levels such as hx.Adam(...), not {level!r}")
+        for below, level in pairwise(self.levels):
+            if level.trust is not None:
+                raise ValueError(
+                    f"Stack: trust measures steps of the parameters, so only the first level can have it, not {level!r}"
+                )
+            if level.granularity == "tensor" and below.granularity == "group":
+                raise ValueError(
+                    f"Stack: {level!r} has the granularity 'tensor', but the level below has one set for the group; "
+                    "give both the same"
+                )
 
     @classmethod
     def of(cls, spec: Level, *, height: int) -> Stack:

@@ -196,6 +196,42 @@ def levels(draw: st.DrawFn, lr: float, below: hx.Level | None = None) -> hx.Leve
 
 
 @st.composite
+def safeguarded(draw: st.DrawFn, level: hx.Level, is_base: bool, granularity: str) -> hx.Level:
+    """The level with some of what goes beyond the paper.
+
+    Only what is well-conditioned is normalised: right after the first step bias correction makes the hypergradient of
+    betas 0, of which rounding leaves a number of any sign, and that of scalars with respect to eps cancels.
+    """
+    learned = set(level.learn_names)
+    lr = level.values()["lr"]
+    space = dict(level.space)
+    if "lr" in learned and draw(st.booleans()):
+        space["lr"] = "multiplicative"
+    noisy = {"beta1", "beta2", "rho", "alpha", "momentum", "dampening", "lr_decay"} & learned
+    return level.replace(
+        space=space,
+        granularity=granularity,
+        horizon=draw(st.sampled_from([1, 1, 2, 20])),
+        normalize=(learned <= {"lr"} or (is_base and not noisy)) and draw(st.booleans()),
+        clip=draw(st.sampled_from([None, 1e-3, 0.1])),
+        growth=draw(st.sampled_from([None, 1.001, 1.1])),
+        burn_in=draw(st.sampled_from([0, 0, 3])),
+        converge=draw(st.sampled_from([None, (lr / 2, 10.0)])),
+        trust=draw(st.sampled_from([None, 1e-3, 1e-2])) if is_base else None,
+    )
+
+
+@st.composite
+def safeguarded_stacks(draw: st.DrawFn) -> hx.Stack:
+    """Stacks of one to four levels; up to a level, each tensor may have hyperparameters of its own."""
+    plain = draw(stacks(max_height=3))
+    own = draw(st.integers(0, len(plain)))
+    return hx.Stack(
+        [draw(safeguarded(level, k == 0, "tensor" if k < own else "group")) for k, level in enumerate(plain)]
+    )
+
+
+@st.composite
 def stacks(draw: st.DrawFn, min_height: int = 0, max_height: int = 4) -> hx.Stack:
     """A stack of `min_height` to `max_height` levels above the first."""
     stack = [draw(levels(0.05))]

@@ -1,7 +1,8 @@
-"""The independent truth: every rule in eager torch ops, and a tower of them built of plain autograd.
+"""The independent truth: every rule in eager torch ops, and towers of them built of plain autograd.
 
 Nothing here knows of csrc. ``ReferenceTower`` is the method as the paper states it: the last update of every level is
-part of the graph of the loss, and everything that the update read is detached.
+part of the graph of the loss, and everything that the update read is detached. ``TranscribedTower`` writes out what
+goes beyond the paper, with the derivative of each update from autograd's forward mode.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 State = dict[str, Tensor]
 
@@ -147,6 +149,7 @@ COORDINATES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tens
     "square": (torch.square, torch.sqrt),
     "softplus": (torch.nn.functional.softplus, lambda h: h + torch.log(-torch.expm1(-h))),
     "tanh": (lambda x: (torch.tanh(x) + 1) / 2, lambda h: torch.atanh(2 * h - 1)),
+    "multiplicative": (torch.exp, torch.log),
 }
 
 
@@ -206,3 +209,158 @@ class ReferenceTower:
 
     def hyperparameters(self) -> list[dict[str, float]]:
         return [{name: value.item() for name, value in level.h().items()} for level in self.levels]
+
+
+SMALLEST_RMS = 1e-3  # of parameters, where updates are measured by them
+
+
+class _Set:
+    """One set of a level's hyperparameters: those of the group, or those of one tensor."""
+
+    def __init__(self, level, is_top: bool) -> None:
+        self.level, self.twin, self.start = level, TWINS[level.rule], level.start()
+        self.h = {k: torch.tensor(float(v), dtype=torch.float64) for k, v in level.values().items()}
+        self.used = dict(self.h)
+        self.spaces = dict(zip(self.h, level.coordinates(), strict=True))
+        self.limits = dict(zip(self.h, level.limits(), strict=True))
+        self.learn = () if is_top else level.learn_names
+        self.x = {k: COORDINATES[self.spaces[k]][1](self.h[k]) for k in self.learn}
+        self.state: dict[object, State] = {}
+        self.z: dict[tuple[str, object], Tensor] = {}
+        self.bounded = dict.fromkeys(self.h, 0)
+        self.delta = 1.0
+
+    def update(self, key: object, w: Tensor, g: Tensor, step: int, dry: bool = False) -> Tensor:
+        """One update of what `key` names; adds its derivatives, d new / d h, to the traces."""
+        start = {name: torch.full_like(w, value) for name, value in self.start.items()}
+        state = self.state.get(key, start)
+        new, after = self.twin(w, g, state, self.used, step)
+        if dry:
+            return new
+        for name in self.learn:
+            with forward_ad.dual_level():
+                dual = forward_ad.make_dual(self.used[name], torch.ones((), dtype=torch.float64))
+                moved, _ = self.twin(w, g, state, {**self.used, name: dual}, step)
+                z = forward_ad.unpack_dual(moved).tangent
+            z = torch.zeros_like(w) if z is None else z.clone()
+            self.z[name, key] = (1 - 1 / self.level.horizon) * self.z.get((name, key), 0.0) + z
+        self.state[key] = after
+        return new
+
+    def hypergradient(self, gradients: dict[object, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The exact derivatives with respect to the coordinates, and those that move them."""
+        exact, applied = {}, {}
+        for name, x in self.x.items():
+            g = torch.cat([torch.zeros(0, dtype=torch.float64), *(g.flatten() for g in gradients.values())])
+            zs = [self.z.get((name, key), torch.zeros_like(g)) for key, g in gradients.items()]
+            z = torch.cat([torch.zeros(0, dtype=torch.float64), *(z.flatten() for z in zs)])
+            gz, zz, gg = g @ z, z @ z, g @ g
+            with torch.enable_grad():
+                leaf = x.clone().requires_grad_()
+                (slope,) = torch.autograd.grad(COORDINATES[self.spaces[name]][0](leaf), leaf)
+            exact[name] = gz * slope * (self.delta if name == "lr" else 1.0)
+            applied[name] = exact[name]
+            if self.level.normalize:
+                applied[name] = gz / (zz.sqrt() * gg.sqrt()) if gz != 0 else torch.zeros_like(gz)
+        norm = sum((g.square() for g in applied.values()), torch.zeros((), dtype=torch.float64)).sqrt()
+        if self.level.clip is not None and norm > self.level.clip:
+            applied = {name: g * self.level.clip / norm for name, g in applied.items()}
+        return exact, applied
+
+    def move(self, name: str, moved: Tensor, above: _Set, key: object) -> None:
+        to_h, to_x = COORDINATES[self.spaces[name]]
+        if self.spaces[name] == "multiplicative":
+            factor = 1 + moved - self.x[name]
+            moved = self.x[name] + factor.log()
+            for other in above.learn:  # of which the last update is the fresh part of the trace
+                old = above.faded.get((other, key), 0.0)
+                above.z[other, key] = old + (above.z[other, key] - old) / factor
+        value = to_h(moved).clamp(*self.limits[name])
+        if name == "lr" and self.level.growth is not None:
+            value = torch.minimum(value, self.level.growth * self.h[name])
+        cut = not torch.isclose(value, to_h(moved), rtol=1e-12, atol=0)
+        self.bounded[name] += cut
+        self.x[name], self.h[name] = to_x(value) if cut else moved, value
+
+    def use(self, t: int) -> None:
+        self.used = dict(self.h)
+        if self.level.converge is not None:
+            limit, steps = self.level.converge
+            self.delta = 1 / (1 + (t / steps) ** 2)
+            self.used["lr"] = self.delta * self.h["lr"] + (1 - self.delta) * limit
+
+    def fade(self) -> None:
+        self.z = {key: (1 - 1 / self.level.horizon) * z for key, z in self.z.items()}
+
+
+class TranscribedTower:
+    """Trains copies of ``params`` with the levels of an ``hx.Stack`` and all of their safeguards, written out."""
+
+    def __init__(self, params, stack) -> None:
+        self.params = [p.detach().clone() for p in params]
+        rows = len(self.params) if stack[0].granularity == "tensor" else 1
+        self.levels = [
+            [_Set(level, k + 1 == len(stack)) for _ in range(rows if level.granularity == "tensor" else 1)]
+            for k, level in enumerate(stack)
+        ]
+        self.t = 0
+
+    def step(self, loss_of_params) -> None:
+        self.t += 1
+        leaves = [p.clone().requires_grad_() for p in self.params]
+        grads = dict(enumerate(torch.autograd.grad(loss_of_params(leaves), leaves)))
+
+        # What each set moves, by key, with its gradients; from the lowest level up.
+        moved: list[list[dict[object, Tensor]]] = [self._share(grads, len(self.levels[0]))]
+        for sets in self.levels[:-1]:
+            both = [s.hypergradient(gradients) for s, gradients in zip(sets, moved[-1], strict=True)]
+            for s, (_, applied) in zip(sets, both, strict=True):
+                s.applied = applied
+            exact = {(i, name): g for i, (e, _) in enumerate(both) for name, g in e.items()}
+            moved.append(self._share(exact, len(self.levels[len(moved)])))
+
+        for k in reversed(range(len(self.levels))):
+            for i, s in enumerate(self.levels[k]):
+                if s.learn:
+                    aboves = self.levels[k + 1]
+                    above = aboves[i] if len(aboves) > 1 else aboves[0]
+                    step = self.t - s.level.burn_in
+                    if i == 0 or len(aboves) > 1:
+                        above.faded = {key: (1 - 1 / above.level.horizon) * z for key, z in above.z.items()}
+                    for name in s.learn:
+                        if step > 0:
+                            new = above.update((i, name), s.x[name], s.applied[name], step)
+                            s.move(name, new, above, (i, name))
+                s.use(self.t)
+        for s, gradients in zip(self.levels[0], moved[0], strict=True):
+            if s.level.trust is not None:
+                self._cap(s, gradients)
+        self.params = [
+            self.levels[0][i if len(self.levels[0]) > 1 else 0].update(i, w, grads[i], self.t)
+            for i, w in enumerate(self.params)
+        ]
+
+    @staticmethod
+    def _share(gradients: dict[object, Tensor], sets: int) -> list[dict[object, Tensor]]:
+        if sets == 1:
+            return [gradients]
+        row = {key: key if isinstance(key, int) else key[0] for key in gradients}
+        return [{key: g for key, g in gradients.items() if row[key] == i} for i in range(sets)]
+
+    def _cap(self, s: _Set, grads: dict[object, Tensor]) -> None:
+        w = torch.cat([self.params[i].flatten() for i in grads])
+        new = torch.cat([s.update(i, self.params[i], g, self.t, dry=True).flatten() for i, g in grads.items()])
+        most = s.level.trust * max(w.norm(), SMALLEST_RMS * w.numel() ** 0.5)
+        if (new - w).norm() > most:
+            s.used["lr"] = s.used["lr"] * most / (new - w).norm()
+            s.bounded["lr"] += 1
+            if "lr" in s.learn and s.h["lr"] > s.used["lr"]:
+                s.h["lr"] = s.used["lr"]
+                s.x["lr"] = COORDINATES[s.spaces["lr"]][1](s.h["lr"])
+
+    def hyperparameters(self) -> list[dict[str, list[float]]]:
+        """Of each level, each hyperparameter's values: one, or one for each tensor."""
+        return [{name: [s.h[name].item() for s in sets] for name in sets[0].h} for sets in self.levels]
+
+    def bounded(self) -> list[dict[str, list[int]]]:
+        return [{name: [s.bounded[name] for s in sets] for name in sets[0].h} for sets in self.levels]

@@ -246,9 +246,15 @@ def test_operators_check_their_lists():
         (([p], [p], [p, p], [], [p], [one]), r"steps\[0\] must be one int64"),
     ]:
         with pytest.raises(ValueError, match=words):
-            op(*lists, tower, 0, 1.0)
+            op(*lists, tower, [], 0, 1, 1.0)
     with pytest.raises(ValueError, match="tower must be"):
-        op([p], [p], [p, p], [], [one], [one], tower.float(), 0, 1.0)
+        op([p], [p], [p, p], [], [one], [one], tower.float(), [], 0, 1, 1.0)
+    with pytest.raises(ValueError, match="rows names row 1 of a tower of 1"):
+        op([p], [p], [p, p], [], [one], [one], tower, [1], 0, 1, 1.0)
+    with pytest.raises(ValueError, match="record must hold 1"):
+        op([p], [p], [p, p], [], [one], [one], tower, [], 1, 10, 1.0)
+    with pytest.raises(ValueError, match="horizon must be at least 1"):
+        op([p], [p], [p, p], [], [one], [one], tower, [], 0, 0, 1.0)
     assert torch.equal(p, torch.zeros(4))
 
 
@@ -257,9 +263,10 @@ def test_the_tower_operator_checks_its_lists():
     group = opt._groups[0]
     good = {
         "towers": group.tower,
-        "hypergradients": torch.zeros(1, 6, dtype=torch.float64),
+        "hypergradients": torch.zeros(1, 11, dtype=torch.float64),
         "plans": group.plan,
         "bounds": group.bounds,
+        "settings": group.settings,
     }
     before = group.tower.clone()
     for name, bad in {
@@ -267,16 +274,19 @@ def test_the_tower_operator_checks_its_lists():
         "hypergradients": torch.zeros(1, 5, dtype=torch.float64),
         "plans": group.plan[:, :2].contiguous(),
         "bounds": group.bounds[1:],
+        "settings": group.settings[1:],
     }.items():
         arguments = [[bad if key == name else value] for key, value in good.items()]
         with pytest.raises(ValueError, match=rf"{name}\[0\] must be"):
             torch.ops.hyperopt_ext.tower_(*arguments)
     with pytest.raises(ValueError, match="one tensor for each of the 1 towers"):
-        torch.ops.hyperopt_ext.tower_([group.tower], [], [group.plan], [group.bounds])
+        torch.ops.hyperopt_ext.tower_([group.tower], [], [group.plan], [group.bounds], [group.settings])
     unknown = group.plan.clone()
     unknown[1, 0] = 1000
     with pytest.raises(ValueError, match="rule that is not loaded"):
-        torch.ops.hyperopt_ext.tower_([group.tower], [good["hypergradients"]], [unknown], [group.bounds])
+        torch.ops.hyperopt_ext.tower_(
+            [group.tower], [good["hypergradients"]], [unknown], [group.bounds], [group.settings]
+        )
     assert torch.equal(group.tower, before)
 
 

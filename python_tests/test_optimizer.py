@@ -408,7 +408,7 @@ def test_an_overflow_in_the_tower_holds_it_and_passes():
     problem = Regression(10)
     opt = hx.HyperOptimizer(problem.model.parameters(), STACK)
     problem.train(opt, range(4))
-    top = _C.tower_live(STACK.plan())[2] - 2 * len(values(opt)[2])  # where the block of level 2 starts
+    top = _C.tower_offsets(STACK.plan())[2][0] - 2 * len(values(opt)[2])  # where the block of level 2 starts
     opt.param_groups[0]["tower"][0, top - len(values(opt)[1])] = float("inf")  # before it: d beta2 / d lr of level 1
     before = values(opt)
     weight = problem.model[2].weight.detach().clone()

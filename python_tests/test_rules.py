@@ -12,6 +12,7 @@ from reference import TWINS
 from torch import Tensor
 
 import hyperopt_ext as hx
+from hyperopt_ext.optimizer import _Update
 from hyperopt_ext.stack import RULES
 
 OPS = torch.ops.hyperopt_ext
@@ -32,23 +33,13 @@ def optimizer(case, params, learn, **hyper):
     return hx.HyperOptimizer(params, level / hx.SGD(lr=0.0))
 
 
-def lists_of(opt, params):
-    """The operators' lists for parameters that have taken a step (csrc/cpu/passes.h)."""
-    rule = opt.stack[0].rule
-    states = [opt.state[p] for p in params]
-    record = [name for name in ("last_grad", "last_param") if name in states[0]]
-    return (
-        [s[name] for name in RULES[rule]["state"] for s in states],
-        [s[name] for name in record for s in states],
-        [s["step"] for s in states],
-        [s["tick"] for s in states],
-    )
+def operands(opt, params, grads):
+    """What the operators of a pass take (csrc/cpu/passes.h), for parameters that have taken a step."""
+    return (params, grads, *_Update(opt._groups[0], opt.param_groups[0]["params"], opt.state).active[2:])
 
 
 def hypergradient(opt, params, grads) -> Tensor:
-    op = getattr(OPS, f"{opt.stack[0].rule}_hypergradient")
-    tower = opt.param_groups[0]["tower"]
-    return op(params, grads, *lists_of(opt, params), tower, opt.stack[0].learn_mask(), 1.0)[0]
+    return getattr(OPS, f"{opt.stack[0].rule}_hypergradient")(*operands(opt, params, grads), False)[0]
 
 
 def twin_run(case, w, grads, hyper):
@@ -194,12 +185,10 @@ def test_opcheck(case, learn):
         p.grad = g
     opt.step()
     plain = [p.detach().clone() for p in params]
-    tower, mask = opt.param_groups[0]["tower"], opt.stack[0].learn_mask()
-    lists = lists_of(opt, params)
-    check = torch.library.opcheck
-    check(getattr(OPS, f"{case.rule}_hypergradient").default, (plain, grads, *lists, tower, mask, 1.0))
-    check(getattr(OPS, f"{case.rule}_step_").default, (plain, grads, *lists, tower, mask, 1.0))
-    check(getattr(OPS, f"{case.rule}_settle_").default, (plain, *lists, tower, mask))
+    arguments, check = operands(opt, plain, grads), torch.library.opcheck
+    check(getattr(OPS, f"{case.rule}_hypergradient").default, (*arguments, True))
+    for op in ("norms", "step_", "settle_"):
+        check(getattr(OPS, f"{case.rule}_{op}").default, arguments)
     check(getattr(OPS, case.rule).default, functional_arguments(case, requires_grad=learn == "all"))
     params, grads, state, hyper, step = functional_arguments(case, requires_grad=False)
     check(getattr(OPS, f"{case.rule}_backward").default, (grads, params, grads, state, hyper, step))
@@ -208,8 +197,9 @@ def test_opcheck(case, learn):
 def test_opcheck_of_the_tower():
     opt = hx.HyperOptimizer([torch.nn.Parameter(torch.ones(2))], hx.Adam() / hx.SGD() / hx.SGD())
     group = opt._groups[0]
-    sums = torch.ones(1, 6, dtype=torch.float64)
-    torch.library.opcheck(OPS.tower_.default, ([group.tower], [sums], [group.plan], [group.bounds]))
+    for op, columns in [(OPS.tower_, 11), (OPS.cap_, 3)]:
+        sums = torch.ones(1, columns, dtype=torch.float64)
+        torch.library.opcheck(op.default, ([group.tower], [sums], [group.plan], [group.bounds], [group.settings]))
 
 
 def test_every_rule_is_in_the_table():

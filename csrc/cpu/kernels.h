@@ -35,6 +35,8 @@ using Arithmetic = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // Elements whose products are summed in the arithmetic type before they are added up in double.
 constexpr std::int64_t kSumBlock = 1024;
+// Elements whose derivatives are kept, in the first cache, before they are added to the traces.
+constexpr std::int64_t kTraceBlock = 256;
 
 // The elements of a slice, typed. G: the type behind last_grad.
 template <class R, class T, class G = Arithmetic<T>>
@@ -139,6 +141,67 @@ HX_CLONES void update(const Slice& slice, const void* prepared, const void* last
   }
 }
 
+// sums[0] += sum_i (w_new_i - w_i)^2 and sums[1] += sum_i w_i^2, for the step that update() would make.
+template <class R, class T, bool Deferred>
+HX_CLONES void norms(const Slice& slice, const void* prepared, const void* last_prepared, double* sums) {
+  using A = Arithmetic<T>;
+  using P = Prepared<R, A, 0>;
+  const Elements<R, T> x(slice);
+  const P p = *static_cast<const P*>(prepared);
+  const bool advanced = Deferred && last_prepared != nullptr;
+  const P last = *static_cast<const P*>(advanced ? last_prepared : prepared);
+  for (std::int64_t begin = 0; begin < slice.count; begin += kSumBlock) {
+    const std::int64_t end = std::min(begin + kSumBlock, slice.count);
+    A changes = A(0), params = A(0);
+    const auto add = [&](std::int64_t i, const auto& before) HX_LAMBDA {
+      const auto w = x.param(i);
+      const auto e = x.grad(i) + R::penalty(p, w);
+      const A delta = change<R>(p, e, w, advance<R>(p, e, before)).value;
+      changes += delta * delta;
+      params += w.value * w.value;
+    };
+    if (advanced) {
+      HX_INDEPENDENT
+      for (std::int64_t i = begin; i < end; ++i) add(i, advance<R>(last, x.last_grad(i), x.state(i)));
+    } else {
+      HX_INDEPENDENT
+      for (std::int64_t i = begin; i < end; ++i) add(i, x.state(i));
+    }
+    sums[0] += double(changes);
+    sums[1] += double(params);
+  }
+}
+
+// One step that also adds its derivatives to the traces: z <- keep z + d w_new / d h. There is no record then.
+template <class R, class T, Mask S>
+HX_CLONES void traced_update(const Slice& slice, const void* prepared) {
+  using A = Arithmetic<T>;
+  using P = Prepared<R, A, S>;
+  const Elements<R, T> x(slice);
+  const P p = *static_cast<const P*>(prepared);
+  const A keep = A(slice.keep);
+  A tangents[count(S)][kTraceBlock];
+  for (std::int64_t begin = 0; begin < slice.count; begin += kTraceBlock) {
+    const std::int64_t end = std::min(begin + kTraceBlock, slice.count);
+    HX_INDEPENDENT
+    for (std::int64_t i = begin; i < end; ++i) {
+      const auto w = x.param(i);
+      const auto e = x.grad(i) + R::penalty(p, w);
+      const auto after = advance<R>(p, e, x.state(i));
+      const auto delta = change<R>(p, e, w, after);
+      x.set_state(i, after);
+      x.w[i] = T(w.value + delta.value);
+      each_direction<S>([&](auto d) HX_LAMBDA { tangents[position(S, d)][i - begin] = delta.template tangent<d>(); });
+    }
+    for (int k = 0; k < count(S); ++k) {
+      A* const z = static_cast<A*>(slice.trace[direction(S, k)]);
+      if (z == nullptr) continue;  // compiled for more than is learned
+      HX_INDEPENDENT
+      for (std::int64_t i = begin; i < end; ++i) z[i] = keep * z[i] + tangents[k][i - begin];
+    }
+  }
+}
+
 // Brings a deferred state up to date, for a parameter that sits out a step.
 template <class R, class T>
 HX_CLONES void settle(const Slice& slice, const void* last_prepared) {
@@ -190,8 +253,8 @@ HX_FN auto last_inputs(const P& p, const X& x, std::int64_t i, const State& stor
   }
 }
 
-// sums[k] += sum_i G_i d w_new_i / d(k-th hyperparameter of S), for the w_new that the last step made, and after these,
-// unless Given, sum_i G_i^2.
+// sums[k] += sum_i G_i z_i for the k-th hyperparameter of S, where z_i = d w_new_i / dh for the w_new that the last step
+// made. After these, unless Given, sum_i z_i^2 for each of them, and sum_i G_i^2.
 //
 // Given = false: the last step as its record tells it (RecordOf). Given = true: as its inputs tell it, w in last_param,
 // the gradient in last_grad, both of the parameter's dtype, and the state before the step.
@@ -199,37 +262,31 @@ template <class R, class T, Mask S, bool Given>
 HX_CLONES void hypergradient(const Slice& slice, const void* prepared, double* sums) {
   using A = Arithmetic<T>;
   using P = Prepared<R, A, S>;
+  constexpr int n = count(S);
   constexpr bool before = Given || (RecordOf<R, S> & kDeferred) != 0;
   const Elements<R, T, std::conditional_t<Given, T, A>> x(slice);
   const P p = *static_cast<const P*>(prepared);
   for (std::int64_t begin = 0; begin < slice.count; begin += kSumBlock) {
     const std::int64_t end = std::min(begin + kSumBlock, slice.count);
-    A sum[count(S)] = {}, squares = A(0);
+    A products[n] = {}, squares[n] = {}, square = A(0);
     HX_INDEPENDENT
     for (std::int64_t i = begin; i < end; ++i) {
       const auto stored = x.state(i);
       const auto [w, e] = last_inputs<R, S, Given, before>(p, x, i, stored);
       const auto delta = change<R>(p, e, w, state_after<R, before>(p, e, stored));
       const A upstream = x.grad(i).value;
-      each_direction<S>([&](auto d) HX_LAMBDA { sum[position(S, d)] += upstream * delta.template tangent<d>(); });
-      if constexpr (!Given) squares += upstream * upstream;
+      each_direction<S>([&](auto d) HX_LAMBDA {
+        const A z = delta.template tangent<d>();
+        products[position(S, d)] += upstream * z;
+        if constexpr (!Given) squares[position(S, d)] += z * z;
+      });
+      if constexpr (!Given) square += upstream * upstream;
     }
-    for (int k = 0; k < count(S); ++k) sums[k] += double(sum[k]);
-    if constexpr (!Given) sums[count(S)] += double(squares);
-  }
-}
-
-// sums[0] += sum_i G_i^2
-template <class R, class T>
-HX_CLONES void squared_norm(const Slice& slice, const void*, double* sums) {
-  using A = Arithmetic<T>;
-  const Elements<R, T> x(slice);
-  for (std::int64_t begin = 0; begin < slice.count; begin += kSumBlock) {
-    const std::int64_t end = std::min(begin + kSumBlock, slice.count);
-    A squares = A(0);
-    HX_INDEPENDENT
-    for (std::int64_t i = begin; i < end; ++i) squares += x.grad(i).value * x.grad(i).value;
-    sums[0] += double(squares);
+    for (int k = 0; k < n; ++k) sums[k] += double(products[k]);
+    if constexpr (!Given) {
+      for (int k = 0; k < n; ++k) sums[n + k] += double(squares[k]);
+      sums[2 * n] += double(square);
+    }
   }
 }
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../tower.h"
+#include "vectors.h"
 
 namespace hyperopt_ext {
 namespace {
@@ -112,6 +113,7 @@ class Batch {
         slice.last_param = shift(slice.last_param, values);
         slice.last_grad = shift(slice.last_grad, chunk.begin * item.last_grad_bytes);
         for (void*& state : slice.state) state = shift(state, chunk.begin * arithmetic_bytes(item.type));
+        for (void*& trace : slice.trace) trace = shift(trace, chunk.begin * arithmetic_bytes(item.type));
         slice.count = chunk.count;
         kernel(item, slice, std::size_t(c));
       }
@@ -150,53 +152,94 @@ std::int64_t& counter(const at::Tensor& t) {
   return *t.mutable_data_ptr<std::int64_t>();
 }
 
-// The row of the tower that holds the hyperparameters of tensor i.
-std::int64_t row_of(const at::Tensor& tower, std::size_t i) {
-  return tower.size(0) == 1 ? 0 : std::int64_t(i);
+bool is_traced(const Pass& pass) {
+  return pass.horizon > 1 && pass.learn != 0;
 }
 
-Item item_for(Batch& batch, const Rule& rule, const Lists& lists, const LearnedSet& set, std::size_t i, bool written) {
-  const at::Tensor& param = lists.params[i];
-  const std::size_t n = lists.params.size();
+// What is kept between steps: a record, or traces.
+unsigned record_of(const Rule& rule, const Pass& pass) {
+  return is_traced(pass) ? unsigned(kNothing) : rule.set_for(pass.learn).record;
+}
+
+std::int64_t row_of(const Pass& pass, std::size_t i) {
+  return pass.rows.empty() ? 0 : pass.rows[i];
+}
+
+// A row of the tower, as far as the passes need it.
+struct Row {
+  const double *header, *used, *previous;
+  bool ok() const { return header[kOk] != 0.0; }
+  double ticks() const { return header[kTicks]; }
+};
+
+Row tower_row(const Rule& rule, const Pass& pass, std::size_t i) {
+  const double* const start = pass.tower.const_data_ptr<double>() + row_of(pass, i) * pass.tower.size(1);
+  return {start, start + kHeader, start + kHeader + rule.hypers.size()};
+}
+
+enum Written { kReads, kWrites };
+
+Item item_for(Batch& batch, const Rule& rule, const Pass& pass, std::size_t i, Written written) {
+  const at::Tensor& param = pass.params[i];
+  const std::size_t n = pass.params.size();
+  const unsigned record = record_of(rule, pass);
+  const bool writes = written == kWrites;
   Item item{};
   item.type = scalar_type(param);
   item.last_grad_bytes = arithmetic_bytes(item.type);
-  item.row = row_of(lists.tower, i);
+  item.row = row_of(pass, i);
   item.slice.count = param.numel();
-  item.slice.param = batch.elements(param, param, written);
-  if (!lists.grads.empty()) item.slice.grad = batch.elements(param, lists.grads[i], false);
+  item.slice.param = batch.elements(param, param, writes);
+  if (!pass.grads.empty()) item.slice.grad = batch.elements(param, pass.grads[i], false);
   for (std::size_t k = 0; k < rule.state.size(); ++k)
-    item.slice.state[k] = batch.elements(param, lists.state[k * n + i], written);
-  std::size_t record = i;
-  if (set.record & kGrad) {
-    item.slice.last_grad = batch.elements(param, lists.record[record], written);
-    record += n;
-  }
-  if (set.record & kParam) item.slice.last_param = batch.elements(param, lists.record[record], written);
+    item.slice.state[k] = batch.elements(param, pass.state[k * n + i], writes);
+  std::size_t next = i;  // in pass.record
+  const auto recorded = [&] {
+    void* const start = batch.elements(param, pass.record[next], writes);
+    next += n;
+    return start;
+  };
+  if (record & kGrad) item.slice.last_grad = recorded();
+  if (record & kParam) item.slice.last_param = recorded();
+  if (is_traced(pass))
+    for (std::size_t h = 0; h < rule.hypers.size(); ++h)
+      if (pass.learn & bit(int(h))) item.slice.trace[h] = recorded();
+  item.slice.scale = pass.scale;
+  item.slice.keep = 1.0 - 1.0 / double(pass.horizon);
   return item;
+}
+
+// The prepared values of the last step, if it left a deferred state behind.
+const void* deferred(Batch& batch, const Rule& rule, const Pass& pass, const Row& row, std::size_t i,
+                     std::int64_t step) {
+  const bool pending = (record_of(rule, pass) & kDeferred) && step > 0 && counter(pass.ticks[i]) == row.ticks() - 1;
+  return pending ? batch.prepared(rule.cpu[scalar_type(pass.params[i])].prepare, row.previous, double(step)) : nullptr;
 }
 
 }  // namespace
 
-void check(const Rule& rule, const Lists& lists, Mask learn) {
-  const std::size_t n = lists.params.size();
-  const unsigned record = rule.set_for(learn).record;
-  const std::size_t records = std::size_t(count(record & (kGrad | kParam)));
-  const auto length = [&](const char* name, at::TensorList list, std::size_t expected) {
-    TORCH_CHECK_VALUE(list.size() == expected, name, " must hold ", expected, " tensors for rule '", rule.name,
-                      "' and ", n, " params, not ", list.size());
+void check(const Rule& rule, const Pass& pass) {
+  const std::size_t n = pass.params.size();
+  const unsigned record = record_of(rule, pass);
+  const std::size_t traces = is_traced(pass) ? std::size_t(count(pass.learn)) : 0;
+  const std::size_t records = std::size_t(count(record & (kGrad | kParam))) + traces;
+  const auto length = [&](const char* name, std::size_t size, std::size_t expected) {
+    TORCH_CHECK_VALUE(size == expected, name, " must hold ", expected, " entries for rule '", rule.name, "' and ", n,
+                      " params, not ", size);
   };
-  length("grads", lists.grads, n);
-  length("state", lists.state, n * rule.state.size());
-  length("record", lists.record, n * records);
-  length("steps", lists.steps, n);
-  length("ticks", lists.ticks, n);
-  const at::Tensor& tower = lists.tower;
+  length("grads", pass.grads.size(), n);
+  length("state", pass.state.size(), n * rule.state.size());
+  length("record", pass.record.size(), n * records);
+  length("steps", pass.steps.size(), n);
+  length("ticks", pass.ticks.size(), n);
+  if (!pass.rows.empty()) length("rows", pass.rows.size(), n);
+  TORCH_CHECK_VALUE(pass.horizon >= 1, "horizon must be at least 1, not ", pass.horizon);
+  const at::Tensor& tower = pass.tower;
   TORCH_CHECK_VALUE(tower.dim() == 2 && tower.scalar_type() == at::kDouble && tower.is_contiguous() &&
-                        (tower.size(0) == 1 || tower.size(0) == std::int64_t(n)) &&
-                        tower.size(1) >= kHeader + 4 * std::int64_t(rule.hypers.size()),
-                    "tower must be a contiguous float64 tensor [1 or ", n, ", width] that holds rule '", rule.name,
-                    "'");
+                        tower.size(0) >= 1 && tower.size(1) >= kHeader + kValues * std::int64_t(rule.hypers.size()),
+                    "tower must be a contiguous float64 tensor [rows, width] that holds rule '", rule.name, "'");
+  for (std::int64_t row : pass.rows)
+    TORCH_CHECK_VALUE(0 <= row && row < tower.size(0), "rows names row ", row, " of a tower of ", tower.size(0));
   const auto fits = [](const char* name, std::size_t i, const at::Tensor& t, const at::Tensor& param,
                        at::ScalarType type) {
     TORCH_CHECK_VALUE(t.layout() == at::kStrided, name, "[", i, "] is ", t.layout(),
@@ -208,108 +251,145 @@ void check(const Rule& rule, const Lists& lists, Mask learn) {
                       param.device(), ", not ", t.device());
   };
   for (std::size_t i = 0; i < n; ++i) {
-    const at::Tensor& param = lists.params[i];
+    const at::Tensor& param = pass.params[i];
     TORCH_CHECK_VALUE(param.layout() == at::kStrided, "params[", i, "] is ", param.layout(),
                       ", but only dense tensors are supported");
     TORCH_CHECK_VALUE(param.device() == tower.device(), "params[", i, "] is on ", param.device(),
                       ", but the tower of its group is on ", tower.device());
     scalar_type(param);
     const at::ScalarType dtype = param.scalar_type(), wide = arithmetic(dtype);
-    fits("grads", i, lists.grads[i], param, dtype);
-    for (std::size_t k = 0; k < rule.state.size(); ++k) fits("state", k * n + i, lists.state[k * n + i], param, wide);
-    if (record & kGrad) fits("record", i, lists.record[i], param, wide);
-    if (record & kParam) fits("record", (records - 1) * n + i, lists.record[(records - 1) * n + i], param, dtype);
-    for (const auto& [name, t] : {std::pair("steps", &lists.steps[i]), std::pair("ticks", &lists.ticks[i])})
+    fits("grads", i, pass.grads[i], param, dtype);
+    for (std::size_t k = 0; k < rule.state.size(); ++k) fits("state", k * n + i, pass.state[k * n + i], param, wide);
+    for (std::size_t k = 0; k < records; ++k) {
+      const bool is_param = (record & kParam) && k + 1 == records;
+      fits("record", k * n + i, pass.record[k * n + i], param, is_param ? dtype : wide);
+    }
+    for (const auto& [name, t] : {std::pair("steps", &pass.steps[i]), std::pair("ticks", &pass.ticks[i])})
       TORCH_CHECK_VALUE(t->numel() == 1 && t->scalar_type() == at::kLong, name, "[", i, "] must be one int64");
   }
 }
 
-at::Tensor hypergradient_cpu(const Rule& rule, const Lists& lists, Mask learn, double scale) {
-  check(rule, lists, learn);
-  const std::size_t hypers = rule.hypers.size();
-  at::Tensor result = at::zeros({lists.tower.size(0), std::int64_t(hypers) + 1}, lists.tower.options());
-  if (learn == 0) return result;
-  const LearnedSet& set = rule.set_for(learn);
-  const double* tower = lists.tower.const_data_ptr<double>();
-  const std::int64_t width = lists.tower.size(1);
-  const std::size_t learned = std::size_t(count(set.mask)), columns = learned + 1;
-  Batch batch(lists.params.size());
-  for (std::size_t i = 0; i < lists.params.size(); ++i) {
-    const double* row = tower + row_of(lists.tower, i) * width;
-    const std::int64_t step = counter(lists.steps[i]);
-    Item item = item_for(batch, rule, lists, set, i, false);
-    item.slice.scale = scale;
-    if (step > 0 && double(counter(lists.ticks[i])) == row[kTicks])
-      item.prepared = batch.prepared(set.cpu[item.type].prepare_dual, row + kHeader, double(step));
+at::Tensor hypergradient_cpu(const Rule& rule, const Pass& pass, bool norm) {
+  check(rule, pass);
+  const std::size_t hypers = rule.hypers.size(), width = 2 * hypers + 1;
+  at::Tensor result = at::zeros({pass.tower.size(0), std::int64_t(width)}, pass.tower.options());
+  if (pass.learn == 0 && !norm) return result;
+  const LearnedSet& set = rule.set_for(pass.learn);
+  const bool traced = is_traced(pass);
+  const Mask mask = traced ? pass.learn : set.mask;
+  const std::size_t learned = std::size_t(count(mask)), columns = 2 * learned + 1;
+  Batch batch(pass.params.size());
+  for (std::size_t i = 0; i < pass.params.size(); ++i) {
+    const Row row = tower_row(rule, pass, i);
+    const std::int64_t step = counter(pass.steps[i]);
+    Item item = item_for(batch, rule, pass, i, kReads);
+    const bool recorded = step > 0 && double(counter(pass.ticks[i])) == row.ticks();
+    if (!traced && pass.learn != 0 && recorded)
+      item.prepared = batch.prepared(set.cpu[item.type].prepare_dual, row.used, double(step));
     batch.add(item);
   }
   std::vector<double> partial(batch.chunks() * columns, 0.0);
   batch.run([&](const Item& item, const Slice& slice, std::size_t chunk) {
     double* const sums = partial.data() + chunk * columns;
-    if (item.prepared != nullptr)
+    if (traced) {
+      for (std::size_t k = 0; k < learned; ++k) {
+        double products[3] = {};
+        vectors[item.type].products(slice, direction(mask, int(k)), products);
+        sums[k] = products[0], sums[learned + k] = products[1], sums[2 * learned] = products[2];
+      }
+    } else if (item.prepared != nullptr) {
       set.cpu[item.type].hypergradient(slice, item.prepared, sums);
-    else
-      rule.cpu[item.type].squared_norm(slice, nullptr, sums + learned);
-  });
-  double* sums = result.mutable_data_ptr<double>();
-  for (std::size_t chunk = 0; chunk < batch.chunks(); ++chunk) {
-    double* const row = sums + std::size_t(batch.item_of(chunk).row) * (hypers + 1);
-    for (std::size_t k = 0; k < learned; ++k) {
-      const int hyper = direction(set.mask, int(k));
-      if (learn & bit(hyper)) row[hyper] += partial[chunk * columns + k];
+    } else {
+      vectors[item.type].squared_norm(slice, sums + 2 * learned);
     }
-    row[hypers] += partial[chunk * columns + learned];
+  });
+  double* const sums = result.mutable_data_ptr<double>();
+  for (std::int64_t row = 0; row < result.size(0); ++row) sums[std::size_t(row) * width + 2 * hypers] = -1.0;
+  for (std::size_t i = 0; i < pass.params.size(); ++i) sums[std::size_t(row_of(pass, i)) * width + 2 * hypers] = 0.0;
+  for (std::size_t chunk = 0; chunk < batch.chunks(); ++chunk) {
+    double* const row = sums + std::size_t(batch.item_of(chunk).row) * width;
+    const double* const own = partial.data() + chunk * columns;
+    for (std::size_t k = 0; k < learned; ++k) {
+      const int hyper = direction(mask, int(k));
+      if ((pass.learn & bit(hyper)) == 0) continue;
+      row[hyper] += own[k];
+      row[hypers + std::size_t(hyper)] += own[learned + k];
+    }
+    row[2 * hypers] += own[2 * learned];
   }
   return result;
 }
 
-void step_cpu(const Rule& rule, const Lists& lists, Mask learn, double scale) {
-  check(rule, lists, learn);
-  const LearnedSet& set = rule.set_for(learn);
-  const double* tower = lists.tower.const_data_ptr<double>();
-  const std::int64_t width = lists.tower.size(1), hypers = std::int64_t(rule.hypers.size());
-  Batch batch(lists.params.size());
-  for (std::size_t i = 0; i < lists.params.size(); ++i) {
-    const double* row = tower + row_of(lists.tower, i) * width;
-    if (row[kOk] == 0.0) continue;
-    std::int64_t& step = counter(lists.steps[i]);
-    std::int64_t& tick = counter(lists.ticks[i]);
-    Item item = item_for(batch, rule, lists, set, i, true);
-    item.slice.scale = scale;
-    const PrepareKernel prepare = rule.cpu[item.type].prepare;
-    const double *used = row + kHeader, *previous = used + hypers;
-    if ((set.record & kDeferred) && step > 0 && double(tick) == row[kTicks] - 1)
-      item.last_prepared = batch.prepared(prepare, previous, double(step));
+at::Tensor norms_cpu(const Rule& rule, const Pass& pass) {
+  check(rule, pass);
+  at::Tensor result = at::zeros({pass.tower.size(0), 3}, pass.tower.options());
+  double* const norms = result.mutable_data_ptr<double>();
+  const LearnedSet& set = rule.set_for(is_traced(pass) ? 0 : pass.learn);
+  Batch batch(pass.params.size());
+  for (std::size_t i = 0; i < pass.params.size(); ++i) {
+    const Row row = tower_row(rule, pass, i);
+    if (!row.ok()) continue;
+    const std::int64_t step = counter(pass.steps[i]);
+    Item item = item_for(batch, rule, pass, i, kReads);
+    item.last_prepared = deferred(batch, rule, pass, row, i, step);
+    item.prepared = batch.prepared(rule.cpu[item.type].prepare, row.used, double(step + 1));
+    norms[3 * item.row + 2] += double(item.slice.count);
+    batch.add(item);
+  }
+  std::vector<double> partial(batch.chunks() * 2, 0.0);
+  batch.run([&](const Item& item, const Slice& slice, std::size_t chunk) {
+    set.cpu[item.type].norms(slice, item.prepared, item.last_prepared, partial.data() + 2 * chunk);
+  });
+  for (std::size_t chunk = 0; chunk < batch.chunks(); ++chunk)
+    for (std::size_t k = 0; k < 2; ++k) norms[3 * batch.item_of(chunk).row + std::int64_t(k)] += partial[2 * chunk + k];
+  return result;
+}
+
+void step_cpu(const Rule& rule, const Pass& pass) {
+  check(rule, pass);
+  const LearnedSet& set = rule.set_for(pass.learn);
+  const bool traced = is_traced(pass);
+  Batch batch(pass.params.size());
+  for (std::size_t i = 0; i < pass.params.size(); ++i) {
+    const Row row = tower_row(rule, pass, i);
+    if (!row.ok()) continue;
+    std::int64_t& step = counter(pass.steps[i]);
+    Item item = item_for(batch, rule, pass, i, kWrites);
+    item.last_prepared = deferred(batch, rule, pass, row, i, step);
     step += 1;
-    tick = std::int64_t(row[kTicks]);
-    item.prepared = batch.prepared(prepare, used, double(step));
+    counter(pass.ticks[i]) = std::int64_t(row.ticks());
+    const PrepareKernel prepare = traced ? set.cpu[item.type].prepare_dual : rule.cpu[item.type].prepare;
+    item.prepared = batch.prepared(prepare, row.used, double(step));
     batch.add(item);
   }
   batch.run([&](const Item& item, const Slice& slice, std::size_t) {
-    set.cpu[item.type].update(slice, item.prepared, item.last_prepared);
+    if (traced)
+      set.cpu[item.type].traced_update(slice, item.prepared);
+    else
+      set.cpu[item.type].update(slice, item.prepared, item.last_prepared);
   });
   batch.finish();
 }
 
-void settle_cpu(const Rule& rule, const Lists& lists, Mask learn) {
-  const LearnedSet& set = rule.set_for(learn);
-  const double* tower = lists.tower.const_data_ptr<double>();
-  const std::int64_t width = lists.tower.size(1), hypers = std::int64_t(rule.hypers.size());
-  Batch batch(lists.params.size());
-  for (std::size_t i = 0; i < lists.params.size(); ++i) {
-    const double* row = tower + row_of(lists.tower, i) * width;
-    std::int64_t& tick = counter(lists.ticks[i]);
-    if (row[kOk] == 0.0 || tick < 0) continue;
-    if ((set.record & kDeferred) && double(tick) == row[kTicks] - 1) {
-      Item item = item_for(batch, rule, lists, set, i, true);
-      const PrepareKernel prepare = rule.cpu[item.type].prepare;
-      item.last_prepared = batch.prepared(prepare, row + kHeader + hypers, double(counter(lists.steps[i])));
+void settle_cpu(const Rule& rule, const Pass& pass) {
+  Batch batch(pass.params.size());
+  for (std::size_t i = 0; i < pass.params.size(); ++i) {
+    const Row row = tower_row(rule, pass, i);
+    std::int64_t& tick = counter(pass.ticks[i]);
+    if (!row.ok() || tick < 0) continue;
+    const void* last_prepared = deferred(batch, rule, pass, row, i, counter(pass.steps[i]));
+    if (is_traced(pass) || last_prepared != nullptr) {
+      Item item = item_for(batch, rule, pass, i, kWrites);
+      item.last_prepared = last_prepared;
       batch.add(item);
     }
-    tick = -1;
+    if (!is_traced(pass)) tick = -1;
   }
   batch.run([&](const Item& item, const Slice& slice, std::size_t) {
-    rule.cpu[item.type].settle(slice, item.last_prepared);
+    if (item.last_prepared != nullptr)
+      rule.cpu[item.type].settle(slice, item.last_prepared);
+    else
+      vectors[item.type].decay(slice);
   });
   batch.finish();
 }

@@ -7,31 +7,41 @@
 
 namespace hyperopt_ext {
 
-// The tensors of one pass; every list is in the order of `params`.
-struct Lists {
-  at::TensorList params;    // n tensors, any strides, fp32, fp64, fp16 or bf16
-  at::TensorList grads;     // n, as params
-  at::TensorList state;     // states * n, slot after slot; the parameter's shape, in its arithmetic type
-  at::TensorList record;    // records * n: last_grad (as state), then last_param (as params), where the rule keeps them
+// What one pass works on; every list is in the order of `params`.
+struct Pass {
+  at::TensorList params;  // n tensors, any strides, fp32, fp64, fp16 or bf16
+  at::TensorList grads;   // n, as params
+  at::TensorList state;   // states * n, slot after slot; the parameter's shape, in its arithmetic type
+  // records * n: last_grad (as state) and last_param (as params) where the rule keeps them, or, if the horizon is longer
+  // than one step, a trace (as state) of each learned hyperparameter
+  at::TensorList record;
   at::TensorList steps;     // n, int64 [], updates made
   at::TensorList ticks;     // n, int64 [], the tower's tick at which the last update was made; -1: none is on record
-  const at::Tensor& tower;  // float64 [1 or n, width], see tower.h
+  const at::Tensor& tower;  // float64 [rows, width], see tower.h
+  at::IntArrayRef rows;     // n: the row of the tower that holds the hyperparameters of each; empty: row 0 for all
+  Mask learn;               // the learned hyperparameters
+  std::int64_t horizon;     // in steps, >= 1
+  double scale;             // what gradients are multiplied by
 };
 
 // Throws a ValueError that names the argument if a list does not fit the rule. Nothing is read or written.
-void check(const Rule& rule, const Lists& lists, Mask learn);
+void check(const Rule& rule, const Pass& pass);
 
-// float64 [rows of the tower, hypers + 1]: d loss / d (value of each hyperparameter in `learn`) through the last update,
-// to which a parameter that took no part in the tower's last tick adds nothing; and the square of the gradient's norm.
-// Gradients are multiplied by `scale`. All 0 if nothing is learned.
-at::Tensor hypergradient_cpu(const Rule& rule, const Lists& lists, Mask learn, double scale);
+// float64 [rows of the tower, 2 hypers + 1]. For each hyperparameter in `learn`, with z = d w / dh through the last update
+// (horizon 1; a parameter that took no part in the tower's last tick adds nothing) or its trace: the products <G, z>, which
+// are the hypergradients, then the squared norms of the z. Last the square of the gradient's norm, -1 for a row without
+// parameters in this pass. If nothing is learned, all is 0, unless `norm` asks for the last column.
+at::Tensor hypergradient_cpu(const Rule& rule, const Pass& pass, bool norm);
+
+// float64 [rows, 3]: the squared norms of the update that step_cpu would make and of the parameters, and their number.
+at::Tensor norms_cpu(const Rule& rule, const Pass& pass);
 
 // One step: parameters, state, record, steps and ticks are written. Does nothing where the tower's `ok` is 0.
-void step_cpu(const Rule& rule, const Lists& lists, Mask learn, double scale);
+void step_cpu(const Rule& rule, const Pass& pass);
 
 // Takes parameters without a gradient out of the tower's present tick (after tower_): a deferred state is brought up to
-// date, and the last update is no longer on record. `lists.grads` is not read.
-void settle_cpu(const Rule& rule, const Lists& lists, Mask learn);
+// date, the last update is no longer on record, and traces fade by one step. `grads` is not read.
+void settle_cpu(const Rule& rule, const Pass& pass);
 
 // One step on tensors of its own, with given values: params and state are written.
 void update_cpu(const Rule& rule, at::TensorList params, at::TensorList grads, at::TensorList state,

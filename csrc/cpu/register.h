@@ -18,15 +18,16 @@ constexpr Mask set_at(std::size_t i) {
 
 template <class R, class T>
 constexpr StepKernels step_kernels() {
-  return {prepare<R, T, 0>, settle<R, T>, squared_norm<R, T>, hypergradient<R, T, kAllHypers<R>, true>};
+  return {prepare<R, T, 0>, settle<R, T>, hypergradient<R, T, kAllHypers<R>, true>};
 }
 
 template <class R, class T, Mask S>
 constexpr LearnedKernels learned_kernels() {
   if constexpr (S == 0)
-    return {update<R, T, kNothing>, nullptr, nullptr};
+    return {update<R, T, kNothing>, norms<R, T, false>, nullptr, nullptr, nullptr};
   else
-    return {update<R, T, RecordOf<R, S>>, prepare<R, T, S>, hypergradient<R, T, S, false>};
+    return {update<R, T, RecordOf<R, S>>, norms<R, T, (RecordOf<R, S> & kDeferred) != 0>, prepare<R, T, S>,
+            traced_update<R, T, S>, hypergradient<R, T, S, false>};
 }
 
 template <class R, Mask S>
@@ -35,6 +36,19 @@ LearnedSet learned_set() {
           RecordOf<R, S>,
           {learned_kernels<R, float, S>(), learned_kernels<R, double, S>(), learned_kernels<R, c10::Half, S>(),
            learned_kernels<R, c10::BFloat16, S>()}};
+}
+
+constexpr bool same(const char* a, const char* b) {
+  for (; *a == *b; ++a, ++b)
+    if (*a == 0) return true;
+  return false;
+}
+
+template <class R>
+constexpr int index_of(const char* name) {
+  for (std::size_t i = 0; i < R::hypers.size(); ++i)
+    if (same(R::hypers[i].name, name)) return int(i);
+  return -1;
 }
 
 template <class R, std::size_t... I>
@@ -46,7 +60,8 @@ Rule make_rule(std::index_sequence<I...>) {
           {learned_set<R, set_at<R>(I)>()...},
           {step_kernels<R, float>(), step_kernels<R, double>(), step_kernels<R, c10::Half>(),
            step_kernels<R, c10::BFloat16>()},
-          level<R>};
+          level<R>,
+          index_of<R>("lr")};
 }
 
 template <class R>

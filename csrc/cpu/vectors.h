@@ -1,0 +1,19 @@
+// The kernels that no rule changes.
+#pragma once
+
+#include "../rule.h"
+
+namespace hyperopt_ext {
+
+struct VectorKernels {
+  // sums[0] += sum_i G_i^2
+  void (*squared_norm)(const Slice&, double* sums);
+  // sums [3]: of G z, z^2 and G^2, for the trace z of one hyperparameter
+  void (*products)(const Slice&, int hyper, double* sums);
+  // z <- keep z for all traces
+  void (*decay)(const Slice&);
+};
+
+extern const VectorKernels vectors[kScalarTypes];
+
+}  // namespace hyperopt_ext

@@ -77,7 +77,11 @@ struct Dual {
   HX_FN Dual(const Dual& other) : value(other.value) {
     each_direction<M>([&](auto d) HX_LAMBDA { set_tangent<d>(other.template tangent<d>()); });
   }
-  Dual& operator=(const Dual&) = delete;
+  HX_FN Dual& operator=(const Dual& other) {
+    value = other.value;
+    each_direction<M>([&](auto d) HX_LAMBDA { set_tangent<d>(other.template tangent<d>()); });
+    return *this;
+  }
 
   template <int D>
   HX_FN T tangent() const {
@@ -100,7 +104,10 @@ struct Dual<T, 0> {
   Dual() = default;
   HX_FN explicit Dual(T value) : value(value) {}
   HX_FN Dual(const Dual& other) : value(other.value) {}
-  Dual& operator=(const Dual&) = delete;
+  HX_FN Dual& operator=(const Dual& other) {
+    value = other.value;
+    return *this;
+  }
 
   template <int D>
   HX_FN T tangent() const {
@@ -226,6 +233,13 @@ HX_FN Dual<T, A> pow(const Dual<T, A>& a, double n) {
     const T lower = std::pow(a.value, T(n - 1));
     return chain(lower * a.value, a, T(n) * lower);
   }
+}
+
+// a^n for a constant a > 0.
+template <class T, Mask N>
+HX_FN Dual<T, N> pow(double a, const Dual<T, N>& n) {
+  const T power = std::pow(T(a), n.value);
+  return chain(power, n, T(std::log(a)) * power);
 }
 
 // condition ? a : b, with the tangents of the branch that was taken.

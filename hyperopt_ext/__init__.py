@@ -7,7 +7,7 @@ opt = hx.HyperOptimizer(model.parameters(), hx.Adam(lr=1e-3) / hx.SGD(lr=1e-5))
 import torch  # the extension module needs its libraries
 
 from hyperopt_ext import compat, functional
-from hyperopt_ext.levels import SGD, AdaBelief, Adadelta, Adagrad, Adam, AdamW, AMSGrad, Lion, RMSprop
+from hyperopt_ext.levels import SGD, AdaBelief, Adadelta, Adagrad, Adam, AdamW, AMSGrad, Lion, NAdam, RMSprop
 from hyperopt_ext.optimizer import HyperOptimizer
 from hyperopt_ext.stack import Level, Stack
 
@@ -24,6 +24,7 @@ __all__ = [
     "HyperOptimizer",
     "Level",
     "Lion",
+    "NAdam",
     "RMSprop",
     "Stack",
     "compat",

@@ -22,7 +22,7 @@ class SGD(Level):
         dampening: the gradient enters the buffer with 1 - dampening, from the second step on. Default: 0.
         weight_decay: coupled weight decay (L2 penalty), >= 0. Default: 0.
         nesterov: use Nesterov's momentum; needs momentum > 0 and no dampening. Default: False.
-        learn, space, bounds, initial_state: see :class:`Level`. Learned by default: lr, and momentum if it is not 0.
+        learn, space, bounds, ...: see :class:`Level`. Learned by default: lr, and momentum if it is not 0.
 
     State per parameter: ``momentum_buffer`` if there is momentum.
     """
@@ -59,7 +59,7 @@ class Adagrad(Level):
         eps: added to the denominator, outside the root, >= 0. Default: 1e-10.
         eps_root: added to the sum, inside the root, >= 0; torch has none. Default: 0, which cannot be left in the
             coordinate log: start from more, or in another one, to learn it.
-        learn, space, bounds, initial_state: see :class:`Level`. Learned by default: lr.
+        learn, space, bounds, ...: see :class:`Level`. Learned by default: lr.
 
     State per parameter: ``sum``.
     """
@@ -98,7 +98,7 @@ class Adadelta(Level):
         rho: decay rate of both running averages, in [0, 1). Default: 0.9.
         eps: added to both averages, inside the roots, >= 0. Default: 1e-6.
         weight_decay: coupled weight decay (L2 penalty), >= 0. Default: 0.
-        learn, space, bounds, initial_state: see :class:`Level`. Learned by default: lr and rho.
+        learn, space, bounds, ...: see :class:`Level`. Learned by default: lr and rho.
 
     State per parameter: ``square_avg`` and ``acc_delta``.
     """
@@ -127,7 +127,7 @@ class RMSprop(Level):
             arXiv:1308.0850). An estimate below 0, which rounding can make, counts as 0. Default: False.
         eps_root: added to what the root is taken of, >= 0; torch has none. Default: 0, which cannot be left in the
             coordinate log: start from more, or in another one, to learn it.
-        learn, space, bounds, initial_state: see :class:`Level`. Learned by default: lr and alpha.
+        learn, space, bounds, ...: see :class:`Level`. Learned by default: lr and alpha.
 
     State per parameter: ``square_avg``, ``grad_avg`` if centered, and ``momentum_buffer`` if there is momentum.
     """
@@ -179,7 +179,7 @@ class Adam(_Betas):
             Default: (0.9, 0.999). Learned as ``beta1`` and ``beta2``.
         eps: added to the denominator, outside the root, >= 0. Default: 1e-8.
         weight_decay: coupled weight decay (L2 penalty), >= 0. Default: 0.
-        learn, space, bounds, initial_state: see :class:`Level`. Learned by default: lr, beta1 and beta2;
+        learn, space, bounds, ...: see :class:`Level`. Learned by default: lr, beta1 and beta2;
             ``learn="lr"`` is the paper's Adam^alpha and, under SGD, Adam-HD of Baydin et al. (ICLR 2018).
 
     State per parameter: ``exp_avg`` and ``exp_avg_sq``.
@@ -208,7 +208,7 @@ class AdamW(_Betas):
             Default: (0.9, 0.999). Learned as ``beta1`` and ``beta2``.
         eps: added to the denominator, outside the root, >= 0. Default: 1e-8.
         weight_decay: decoupled weight decay, >= 0. Default: 1e-2.
-        learn, space, bounds, initial_state: see :class:`Level`. Learned by default: lr, beta1 and beta2.
+        learn, space, bounds, ...: see :class:`Level`. Learned by default: lr, beta1 and beta2.
 
     State per parameter: ``exp_avg`` and ``exp_avg_sq``.
     """
@@ -236,7 +236,7 @@ class AMSGrad(_Betas):
             Default: (0.9, 0.999). Learned as ``beta1`` and ``beta2``.
         eps: added to the denominator, outside the root, >= 0. Default: 1e-8.
         weight_decay: coupled weight decay (L2 penalty), >= 0. Default: 0.
-        learn, space, bounds, initial_state: see :class:`Level`. Learned by default: lr, beta1 and beta2.
+        learn, space, bounds, ...: see :class:`Level`. Learned by default: lr, beta1 and beta2.
 
     State per parameter: ``exp_avg``, ``exp_avg_sq`` and ``max_exp_avg_sq``.
     """
@@ -269,7 +269,7 @@ class AdaBelief(_Betas):
             coupled (L2 penalty). Default: True.
         rectify: rectified as RAdam (Liu et al., ICLR 2020): the first steps, fewer than beta2 needs for an estimate,
             are SGD with momentum, and later ones are scaled by what the estimate is worth. Default: True.
-        learn, space, bounds, initial_state: see :class:`Level`. Learned by default: lr, beta1 and beta2.
+        learn, space, bounds, ...: see :class:`Level`. Learned by default: lr, beta1 and beta2.
 
     The package's ``amsgrad``, ``fixed_decay`` and ``degenerated_to_sgd=False`` are not offered.
 
@@ -291,6 +291,41 @@ class AdaBelief(_Betas):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class NAdam(_Betas):
+    """NAdam (Dozat, ICLR 2016 workshop), as in ``torch.optim.NAdam``: Adam with Nesterov's momentum.
+
+    The update is made of the gradient and of its running average, weighted by a momentum coefficient that grows from
+    beta1 / 2 to beta1. torch keeps the product of all coefficients so far as a state; here it is that of the present
+    beta1, as in Adam's bias correction, which is the same as long as beta1 and momentum_decay stay what they are.
+
+    Args:
+        lr: step size, >= 0. Default: 2e-3.
+        betas: decay rates of the running averages of the gradient and of its square, each in [0, 1).
+            Default: (0.9, 0.999). Learned as ``beta1`` and ``beta2``.
+        eps: added to the denominator, outside the root, >= 0. Default: 1e-8.
+        weight_decay: weight decay, >= 0. Default: 0.
+        momentum_decay: how fast the momentum coefficient grows: at step t it is beta1 (1 - 0.96^(t momentum_decay) / 2);
+            >= 0. Default: 4e-3.
+        decoupled_weight_decay: decoupled weight decay, w shrinks by the factor 1 - lr * weight_decay (as in AdamW);
+            else coupled (L2 penalty). Default: False.
+        learn, space, bounds, ...: see :class:`Level`. Learned by default: lr, beta1 and beta2.
+
+    State per parameter: ``exp_avg`` and ``exp_avg_sq``.
+    """
+
+    lr: float = 2e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    momentum_decay: float = 4e-3
+    decoupled_weight_decay: bool = False
+
+    @classmethod
+    def rule_for(cls, names: Collection[str], decoupled_weight_decay: bool = False, **structure: bool) -> str:
+        return "nadam" + "_decoupled" * decoupled_weight_decay
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Lion(_Betas):
     """Lion (Chen et al., NeurIPS 2023, Algorithm 2), as in the package ``lion-pytorch``.
 
@@ -303,7 +338,7 @@ class Lion(_Betas):
         betas: weight of the running average of the gradient in the direction of the update, and its decay rate, each
             in [0, 1). Default: (0.9, 0.99). Learned as ``beta1`` and ``beta2``.
         weight_decay: decoupled weight decay, >= 0: w shrinks by the factor 1 - lr * weight_decay. Default: 0.
-        learn, space, bounds, initial_state: see :class:`Level`. Learned by default: lr.
+        learn, space, bounds, ...: see :class:`Level`. Learned by default: lr.
 
     The package's ``decoupled_weight_decay`` (a decay that is not multiplied by lr) is not offered.
 

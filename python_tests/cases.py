@@ -143,6 +143,21 @@ CASES = [
         for centered in (False, True)
         for momentum in ({}, {"momentum": 0.6})
     ),
+    *(
+        Case(
+            "nadam" + "_decoupled" * decoupled,
+            partial(hx.NAdam, decoupled_weight_decay=decoupled),
+            partial(torch.optim.NAdam, decoupled_weight_decay=decoupled),
+            (
+                {},
+                {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-2, "weight_decay": 0.2, "momentum_decay": 0.1},
+                {"lr": 0.1, "betas": (0.0, 0.9), "momentum_decay": 0.0},
+                {"lr": 0.01, "betas": (0.999, 0.0), "eps": 0.1, "momentum_decay": 50.0},
+            ),
+            {"lr": 0.1, "beta1": 0.6, "beta2": 0.8, "eps": 1e-2, "weight_decay": 0.3, "momentum_decay": 0.1},
+        )
+        for decoupled in (False, True)
+    ),
     Case(
         "lion",
         hx.Lion,

@@ -117,6 +117,20 @@ def rmsprop(w: Tensor, g: Tensor, s: State, h: State, step: int) -> tuple[Tensor
     return w - h["lr"] * direction, state
 
 
+def nadam(w: Tensor, g: Tensor, s: State, h: State, step: int, decouple=False) -> tuple[Tensor, State]:
+    steps = torch.arange(1, step + 2, dtype=torch.float64)
+    momenta = h["beta1"] * (1 - 0.5 * 0.96 ** (steps * h["momentum_decay"]))
+    product = momenta[:-1].prod()
+    if not decouple:
+        g = g + h["weight_decay"] * w
+    m = h["beta1"] * s["exp_avg"] + (1 - h["beta1"]) * g
+    v = h["beta2"] * s["exp_avg_sq"] + (1 - h["beta2"]) * g * g
+    root = safe_sqrt(v / (1 - h["beta2"] ** step)) + h["eps"]
+    update = (1 - momenta[-2]) / (1 - product) * g + momenta[-1] / (1 - product * momenta[-1]) * m
+    decay = h["lr"] * h["weight_decay"] * w if decouple else 0
+    return w - decay - h["lr"] * update / root, {"exp_avg": m, "exp_avg_sq": v}
+
+
 def lion(w: Tensor, g: Tensor, s: State, h: State, step: int) -> tuple[Tensor, State]:
     direction = (h["beta1"] * s["exp_avg"] + (1 - h["beta1"]) * g).sign()
     m = h["beta2"] * s["exp_avg"] + (1 - h["beta2"]) * g
@@ -140,6 +154,8 @@ TWINS: dict[str, Callable[..., tuple[Tensor, State]]] = {
     "rmsprop_momentum": rmsprop,
     "rmsprop_centered": rmsprop,
     "rmsprop_centered_momentum": rmsprop,
+    "nadam": nadam,
+    "nadam_decoupled": partial(nadam, decouple=True),
     "lion": lion,
 }
 

@@ -112,7 +112,7 @@ def param(*shape, **kw):
             ValueError,
             "state must hold exp_avg, exp_avg_sq",
         ),
-        (lambda: hx.functional.nadam, AttributeError, "functional has no 'nadam'; it has sgd, "),
+        (lambda: hx.functional.radam, AttributeError, "functional has no 'radam'; it has sgd, "),
         (
             lambda: hx.functional.adam([param()], [param()], None, {}, torch.tensor(1), nesterov=True),
             TypeError,

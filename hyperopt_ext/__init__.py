@@ -9,6 +9,7 @@ import torch  # the extension module needs its libraries
 from hyperopt_ext import compat, functional
 from hyperopt_ext.levels import SGD, AdaBelief, Adadelta, Adagrad, Adam, AdamW, AMSGrad, Lion, NAdam, RMSprop
 from hyperopt_ext.optimizer import HyperOptimizer
+from hyperopt_ext.presets import adam_hd, sgd_hd, sgdn_hd
 from hyperopt_ext.stack import Level, Stack
 
 del torch
@@ -27,6 +28,9 @@ __all__ = [
     "NAdam",
     "RMSprop",
     "Stack",
+    "adam_hd",
     "compat",
     "functional",
+    "sgd_hd",
+    "sgdn_hd",
 ]

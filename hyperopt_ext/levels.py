@@ -304,8 +304,8 @@ class NAdam(_Betas):
             Default: (0.9, 0.999). Learned as ``beta1`` and ``beta2``.
         eps: added to the denominator, outside the root, >= 0. Default: 1e-8.
         weight_decay: weight decay, >= 0. Default: 0.
-        momentum_decay: how fast the momentum coefficient grows: at step t it is beta1 (1 - 0.96^(t momentum_decay) / 2);
-            >= 0. Default: 4e-3.
+        momentum_decay: how fast the momentum coefficient grows, >= 0: at step t it is
+            beta1 (1 - 0.96^(t momentum_decay) / 2). Default: 4e-3.
         decoupled_weight_decay: decoupled weight decay, w shrinks by the factor 1 - lr * weight_decay (as in AdamW);
             else coupled (L2 penalty). Default: False.
         learn, space, bounds, ...: see :class:`Level`. Learned by default: lr, beta1 and beta2.

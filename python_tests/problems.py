@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 from torch.func import functional_call
@@ -37,3 +39,14 @@ def relative_error(a, b) -> float:
     """The largest difference over the largest entry of b."""
     a, b = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
     return ((a - b).abs().max() / b.abs().max().clamp_min(1e-300)).item()
+
+
+@contextlib.contextmanager
+def float64_by_default():
+    """What torch and the package keep in scalars is as exact as what the library keeps."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -15,9 +15,13 @@ import hyperopt_ext as hx
 every_rule = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-def stack_for(case, lr=1e-7):
-    """A tower that moves its hyperparameters by a few percent a step."""
-    return case.make(**case.options[0]) / hx.SGD(lr=lr, momentum=0.5) / hx.SGD(lr=lr**2 / 100)
+every_horizon = pytest.mark.parametrize("horizon", [1, 5])
+
+
+def stack_for(case, lr=1e-7, horizon=1):
+    """A tower that moves its hyperparameters by a few percent a step; one that looks far back is also capped."""
+    base = case.make(**case.options[0], horizon=horizon, trust=None if horizon == 1 else 1e-3)
+    return base / hx.SGD(lr=lr, momentum=0.5) / hx.SGD(lr=lr**2 / 100)
 
 
 def run(params, stack, steps=5):
@@ -30,25 +34,27 @@ def run(params, stack, steps=5):
     return opt
 
 
+@every_horizon
 @every_rule
-def test_the_number_of_threads_does_not_show(case, threads):
+def test_the_number_of_threads_does_not_show(case, threads, horizon):
     results = []
     for n in (1, 2):
         threads(n)
         torch.manual_seed(0)
         params = [torch.nn.Parameter(torch.randn(s)) for s in (300_000, 17, 0, 1000, 50_001)]
-        opt = run(params, stack_for(case))
+        opt = run(params, stack_for(case, horizon=horizon))
         results.append([p.detach() for p in params] + [torch.stack(list(h.values())) for h in opt.hyperparameters()])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
 
 
+@every_horizon
 @every_rule
-def test_many_tensors_are_one(case):
+def test_many_tensors_are_one(case, horizon):
     """A list of tensors does what their concatenation does."""
     whole = torch.nn.Parameter(torch.randn(5000, dtype=torch.float64))
     parts = [torch.nn.Parameter(t.clone()) for t in whole.detach().split([1, 0, 4000, 7, 992])]
-    a, b = run([whole], stack_for(case)), run(parts, stack_for(case))
+    a, b = (run(params, stack_for(case, horizon=horizon)) for params in ([whole], parts))
     assert relative_error(torch.cat([p.detach() for p in parts]), whole.detach()) < 1e-12
     for x, y in zip(a.hyperparameters(), b.hyperparameters(), strict=True):
         for name in x:
@@ -64,14 +70,15 @@ LAYOUTS = {
 }
 
 
+@every_horizon
 @every_rule
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("grads", ["alike", "contiguous", "expanded"])
-def test_strides_do_not_show(case, layout, grads):
+def test_strides_do_not_show(case, layout, grads, horizon):
     values = torch.randn(12, 35, dtype=torch.float64)
     view = LAYOUTS[layout](values)
     odd, plain = torch.nn.Parameter(view), torch.nn.Parameter(view.clone(memory_format=torch.contiguous_format))
-    optimizers = [hx.HyperOptimizer([p], stack_for(case)) for p in (odd, plain)]
+    optimizers = [hx.HyperOptimizer([p], stack_for(case, horizon=horizon)) for p in (odd, plain)]
     for i in range(4):
         for p, opt in zip((odd, plain), optimizers, strict=True):
             g = torch.sin(p.detach() * (i + 3)) + 0.1
@@ -88,12 +95,13 @@ def test_strides_do_not_show(case, layout, grads):
             assert x[name].item() == pytest.approx(y[name].item(), rel=1e-12)
 
 
+@every_horizon
 @every_rule
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_fp32_arithmetic_on_rounded_parameters(case, dtype):
+def test_half_precision_is_fp32_arithmetic_on_rounded_parameters(case, dtype, horizon):
     start = torch.randn(1000).to(dtype)
     p, q = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.float())
-    opt, expected = (hx.HyperOptimizer([t], stack_for(case, lr=1e-7)) for t in (p, q))
+    opt, expected = (hx.HyperOptimizer([t], stack_for(case, horizon=horizon)) for t in (p, q))
     for i in range(5):
         p.grad = (torch.sin(p.detach().float() * (i + 3)) + 0.1).to(dtype)
         q.grad = p.grad.float()
@@ -158,7 +166,8 @@ def state_bytes(opt):
 def test_extra_state():
     """None beside torch's Adam if only lr is learned, one gradient-sized tensor if the betas are, too.
 
-    One more of the parameter's size where the update reads the parameter, as decoupled weight decay does.
+    One more of the parameter's size where the update reads the parameter, as decoupled weight decay does. A longer
+    horizon has one trace for each learned hyperparameter instead.
     """
     n = 1000
     sizes = {}
@@ -169,6 +178,8 @@ def test_extra_state():
         "none": lambda p: hx.HyperOptimizer(p, hx.Adam()),
         "adamw, lr": lambda p: hx.HyperOptimizer(p, hx.AdamW(learn="lr") / hx.SGD()),
         "adamw, all": lambda p: hx.HyperOptimizer(p, hx.AdamW() / hx.SGD()),
+        "lr, traced": lambda p: hx.HyperOptimizer(p, hx.Adam(learn="lr", horizon=9) / hx.SGD()),
+        "all, traced": lambda p: hx.HyperOptimizer(p, hx.Adam(horizon=9) / hx.SGD()),
         "adamw, none": lambda p: hx.HyperOptimizer(p, hx.AdamW()),
     }.items():
         p = torch.nn.Parameter(torch.randn(n))
@@ -180,6 +191,8 @@ def test_extra_state():
     assert sizes["adamw, none"] == sizes["torch"]
     assert sizes["all"] == sizes["adamw, lr"] == sizes["torch"] + 4 * n
     assert sizes["adamw, all"] == sizes["torch"] + 8 * n
+    assert sizes["lr, traced"] == sizes["torch"] + 4 * n
+    assert sizes["all, traced"] == sizes["torch"] + 12 * n
 
 
 def test_memory_is_flat_over_ten_thousand_steps():

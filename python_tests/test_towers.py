@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 
 import hypothesis
@@ -12,7 +11,7 @@ from cases import CASES, stacks
 from gradient_descent_the_ultimate_optimizer import gdtuo as package
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import Regression, relative_error
+from problems import Regression, float64_by_default, relative_error
 from reference import ReferenceTower
 
 import hyperopt_ext as hx
@@ -58,16 +57,6 @@ def test_bounds_project_what_is_learned(stack):
         for name, (low, high) in bounds.items():
             assert low <= opt.hyperparameters()[0][name].item() <= high
     assert_same(problem.model.parameters(), opt.hyperparameters(), reference.params, reference.hyperparameters())
-
-
-@contextlib.contextmanager
-def float64_by_default():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def package_levels(alpha: float):

@@ -25,6 +25,15 @@ def SGD(alpha: float = 0.01, mu: float = 0.0) -> levels.SGD:  # noqa: N802
     return levels.SGD(lr=alpha, momentum=mu, bounds=bounds)
 
 
+def SGDPerParam(alpha: float = 0.01) -> levels.SGD:  # noqa: N802
+    """The package's ``SGDPerParam``: an alpha (``lr``) for each parameter tensor; what is above it is shared by all.
+
+    The package takes (name, alpha) pairs. Here all start from the same value, and others can be written afterwards:
+    ``opt.param_groups[0]["lr"].copy_(torch.tensor([0.1, 0.01, ...]))``, in the order of the parameters.
+    """
+    return levels.SGD(lr=alpha, bounds={"lr": _UNBOUNDED}, granularity="tensor")
+
+
 def AdaGrad(alpha: float = 0.01) -> levels.Adagrad:  # noqa: N802
     """The package's ``AdaGrad``: learns alpha (``lr``)."""
     return levels.Adagrad(

@@ -75,9 +75,9 @@ def operands(optimizer: hx.HyperOptimizer) -> tuple[object, ...]:
     def column(*names: str) -> list[Tensor]:
         return [optimizer.state[p][name] for name in names for p in params]
 
-    state, record = column(*RULES[base.rule]["state"]), column(*_C.record(base.rule, learn, base.horizon))
+    state, record = column(*RULES[base.rule]["state"]), column(*_C.record(base.rule, learn, False))
     grads = [p.grad for p in params]
-    return params, grads, state, record, column("step"), column("tick"), group["tower"], [], learn, base.horizon, 1.0
+    return params, grads, state, record, column("step"), column("tick"), group["tower"], [], learn, 1.0, 0.0, 1.0
 
 
 def tower_operands(optimizer: hx.HyperOptimizer, hypergradient: float) -> tuple[list[Tensor], ...]:

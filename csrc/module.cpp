@@ -53,10 +53,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("SETTINGS") = std::vector<std::string>(kSettingNames.begin(), kSettingNames.end());
   m.def(
       "record",
-      [](const std::string& name, Mask learn, std::int64_t horizon) {
+      [](const std::string& name, Mask learn, bool traced) {
         const Rule& rule = find_rule(name);
         std::vector<std::string> names;
-        if (horizon > 1) {
+        if (traced) {
           for (std::size_t i = 0; i < rule.hypers.size(); ++i)
             if (learn & bit(int(i))) names.push_back(std::string("trace_") + rule.hypers[i].name);
           return names;

@@ -62,21 +62,22 @@ void wrote(TensorList tensors) {
 // The arguments of a pass as its operators take them, and some more.
 template <class Result, class... More>
 using OfPass = Result(TensorList, TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor&,
-                      at::IntArrayRef, std::int64_t, std::int64_t, double, More...);
+                      at::IntArrayRef, std::int64_t, double, double, double, More...);
 
 // A kernel with these arguments, from a function of a Pass.
 template <class... More, class F>
 auto of_pass(F f) {
   return [f](TensorList params, TensorList grads, TensorList state, TensorList record, TensorList steps,
-             TensorList ticks, const Tensor& tower, at::IntArrayRef rows, std::int64_t learn, std::int64_t horizon,
-             double scale, More... more) {
-    return f(Pass{params, grads, state, record, steps, ticks, tower, rows, Mask(learn), horizon, scale}, more...);
+             TensorList ticks, const Tensor& tower, at::IntArrayRef rows, std::int64_t learn, double horizon,
+             double horizon_growth, double scale, More... more) {
+    return f(Pass{params, grads, state, record, steps, ticks, tower, rows, Mask(learn), horizon, horizon_growth, scale},
+             more...);
   };
 }
 
 void call(const c10::TypedOperatorHandle<OfPass<void>>& op, const Pass& p) {
   op.call(p.params, p.grads, p.state, p.record, p.steps, p.ticks, p.tower, p.rows, std::int64_t(p.learn), p.horizon,
-          p.scale);
+          p.horizon_growth, p.scale);
 }
 
 using TowerOp = void(TensorList, TensorList, TensorList, TensorList, TensorList);
@@ -201,15 +202,17 @@ void define_ops(const Rule& rule) {
   const auto define = [&](const std::string& schema) { library().def((name + schema).c_str(), tag); };
   const std::string reads =
       "(Tensor[] params, Tensor[] grads, Tensor[] state, Tensor[] record, Tensor[] steps, Tensor[] ticks, "
-      "Tensor tower, int[] rows, int learn, int horizon, float scale";
+      "Tensor tower, int[] rows, int learn, float horizon, float horizon_growth, float scale";
   define("_hypergradient" + reads + ", bool norm) -> Tensor");
   define("_norms" + reads + ") -> Tensor");
   define(
       "_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state, Tensor(c!)[] record, Tensor(d!)[] steps, "
-      "Tensor(e!)[] ticks, Tensor tower, int[] rows, int learn, int horizon, float scale) -> ()");
+      "Tensor(e!)[] ticks, Tensor tower, int[] rows, int learn, float horizon, float horizon_growth, float scale) -> "
+      "()");
   define(
       "_settle_(Tensor[] params, Tensor[] grads, Tensor(a!)[] state, Tensor(b!)[] record, Tensor[] steps, "
-      "Tensor(c!)[] ticks, Tensor tower, int[] rows, int learn, int horizon, float scale) -> ()");
+      "Tensor(c!)[] ticks, Tensor tower, int[] rows, int learn, float horizon, float horizon_growth, float scale) -> "
+      "()");
   define("(Tensor[] params, Tensor[] grads, Tensor[] state, Tensor[] hyper, Tensor step) -> Tensor[]");
   define(
       "_backward(Tensor[] grad_params, Tensor[] params, Tensor[] grads, Tensor[] state, Tensor[] hyper, Tensor step) "

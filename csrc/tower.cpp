@@ -131,8 +131,9 @@ void tower_reset(double* row, const std::int64_t* plan, int levels, const double
 
 namespace {
 
-double keep_of(const Level& level) {
-  return 1.0 - 1.0 / level.settings[kHorizon];
+// What traces are multiplied by at the `step`-th move by this level.
+double keep_of(const Level& level, double step) {
+  return 1.0 - 1.0 / std::max(level.settings[kHorizon], level.settings[kHorizonGrowth] * step);
 }
 
 // d(t) of the convergent step size gamma_t = d(t) alpha_t + (1 - d(t)) alpha_inf, with t d(t) -> 0 (Baydin et al., ICLR
@@ -155,8 +156,8 @@ void adopt_writes(const Level& level) {
 }
 
 // Without an update there is nothing to differentiate, and traces fade.
-void fade(const Level& level) {
-  const double keep = keep_of(level);
+void fade(const Level& level, double step) {
+  const double keep = keep_of(level, step);
   for (double* t = level.row.tangents; t != level.row.end(); ++t) *t = keep == 0.0 ? 0.0 : keep * *t;
 }
 
@@ -168,7 +169,7 @@ void move(const Level& level, const Level& above, double step, const double* gra
   int n = 0;
   for (int i = 0; i < r.hypers; ++i)
     if (level.learns(i)) x[n++] = r.x[i];
-  const double keep = keep_of(above);
+  const double keep = keep_of(above, step);
   if (keep != 0.0) std::transform(above.row.tangents, above.row.end(), faded, [&](double t) { return keep * t; });
   above.rule.level(above.row.used, step, n, x, gradients, above.row.state, above.row.tangents);
 
@@ -307,17 +308,17 @@ void TowerStep::move_row(const std::vector<Level>& levels, double* header, const
                          bool moves) {
   for (std::size_t k = levels.size(); k-- > 0;) {
     const Level& level = levels[k];
+    const double step = header[kMoves] - level.settings[kBurnIn];
     if (k == 0 && !moving) {
-      if (levels.size() > 1) fade(levels[1]);
+      if (level.learn != 0) fade(levels[1], step);
       continue;
     }
     adopt_writes(level);
     if (level.learn != 0) {
-      const double step = header[kMoves] - level.settings[kBurnIn];
       if (moves && step > 0.0)
         move(level, levels[k + 1], step, gradients + level.gradient);
       else
-        fade(levels[k + 1]);
+        fade(levels[k + 1], step);
     }
     use(level, header[k == 0 ? kTicks : kMoves]);
   }

@@ -56,20 +56,22 @@ constexpr int kSpaceBits = 4;  // of kCoordinates, for each hyperparameter
 
 // One row of the settings, a float64 tensor [levels, kSettings]: how the hyperparameters of a level are moved.
 enum Setting : int {
-  kClip,        // the largest norm of the hypergradient; infinite: any
-  kNormalize,   // 1: the hypergradient is the cosine between the gradient and the derivative of the update
-  kGrowth,      // the largest factor by which lr grows in a step; infinite: any
-  kBurnIn,      // first moves that are left out
-  kHorizon,     // steps whose derivatives make the hypergradient
-  kLimit,       // what lr converges to,
-  kLimitSteps,  // and in about how many steps; infinite: it does not
-  kTrust,       // of level 0: the largest norm of an update, as a part of the norm of the parameters; infinite: any
-  kPerTensor,   // 1: each row has values of its own; 0: the rows of a tower share this level's
-  kSkip,        // of level 0: 1: a hypergradient that is not finite skips the step, too, not the move alone
+  kClip,           // the largest norm of the hypergradient; infinite: any
+  kNormalize,      // 1: the hypergradient is the cosine between the gradient and the derivative of the update
+  kGrowth,         // the largest factor by which lr grows in a step; infinite: any
+  kBurnIn,         // first moves that are left out
+  kHorizon,        // steps whose derivatives make the hypergradient: at least this many,
+  kHorizonGrowth,  // and this part of all steps
+  kLimit,          // what lr converges to,
+  kLimitSteps,     // and in about how many steps; infinite: it does not
+  kTrust,          // of level 0: the largest norm of an update, as a part of the norm of the parameters; infinite: any
+  kPerTensor,      // 1: each row has values of its own; 0: the rows of a tower share this level's
+  kSkip,           // of level 0: 1: a hypergradient that is not finite skips the step, too, not the move alone
   kSettings
 };
-constexpr std::array<const char*, kSettings> kSettingNames{"clip",  "normalize",   "growth", "burn_in",    "horizon",
-                                                           "limit", "limit_steps", "trust",  "per_tensor", "skip"};
+constexpr std::array<const char*, kSettings> kSettingNames{"clip",    "normalize",      "growth", "burn_in",
+                                                           "horizon", "horizon_growth", "limit",  "limit_steps",
+                                                           "trust",   "per_tensor",     "skip"};
 
 // The number of doubles in a row, and where in it the live and the bounded values of each level start.
 std::int64_t tower_width(const std::int64_t* plan, int levels);

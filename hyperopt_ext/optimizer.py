@@ -41,7 +41,7 @@ class _Group:
         self.group = group
         self.tower: Tensor = group["tower"]
         self.learn = base.learn_mask() if len(stack) > 1 else 0
-        self.horizon = base.horizon
+        self.horizon = base.horizons()
         self.nonfinite: str | None = group["nonfinite"]
         self.capped = base.trust is not None
         # The row of each parameter, if they have rows of their own.
@@ -59,7 +59,7 @@ class _Group:
         self.hyperparameters = [self._views(level, live) for level, (live, _) in zip(stack, offsets, strict=True)]
         self.bounded = [self._views(level, bounded) for level, (_, bounded) in zip(stack, offsets, strict=True)]
         self.states = base.start()
-        self.records = _C.record(base.rule, self.learn, self.horizon)
+        self.records = _C.record(base.rule, self.learn, base.is_traced())
         ops = torch.ops.hyperopt_ext
         self.hypergradient = getattr(ops, f"{base.rule}_hypergradient").default
         self.norms = getattr(ops, f"{base.rule}_norms").default
@@ -123,7 +123,7 @@ class _Update:
             g.tower,
             [] if g.row_of is None else [g.row_of[p] for p in params],
             g.learn,
-            g.horizon,
+            *g.horizon,
             -1.0 if g.group["maximize"] else 1.0,
         )
 

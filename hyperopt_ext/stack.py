@@ -60,7 +60,8 @@ class Level:
             Short-Horizon Bias in Stochastic Meta-Optimization", ICLR 2018). With n, each learned hyperparameter has a
             trace z <- (1 - 1/n) z + d(update)/dh, one tensor a parameter, and the hypergradient is <gradient, z>: the
             long-horizon hypergradients of Franceschi et al. (ICML 2017, RTHO) and Donini et al. (IJCAI 2020, MARTHE),
-            discounted and without their second derivatives. Default: 1.
+            discounted and without their second derivatives. With ``(n, part)`` the horizon grows: at step t it is
+            max(n, part * t). Default: 1.
         granularity: ``"group"``, one set of this level's hyperparameters for all that it moves, or ``"tensor"``, one
             for each parameter tensor, if the levels below have it, too. Default: ``"group"``.
         normalize: the level above gets the cosine between the gradient and the derivative of the update instead of
@@ -88,7 +89,7 @@ class Level:
     space: Mapping[str, str] = field(default_factory=dict)
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     initial_state: Mapping[str, float] = field(default_factory=dict)
-    horizon: int = 1
+    horizon: int | tuple[int, float] = 1
     granularity: str = "group"
     normalize: bool = False
     clip: float | None = None
@@ -156,8 +157,14 @@ class Level:
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and low < value < math.inf):
                 raise ValueError(f"{me}: {name} must be None or a number greater than {low:g}, not {value!r}")
-        for name, least in [("horizon", 1), ("burn_in", 0)]:
-            value = getattr(self, name)
+        if isinstance(self.horizon, Sequence):
+            object.__setattr__(self, "horizon", tuple(self.horizon))
+        steps, *part = self.horizon if isinstance(self.horizon, tuple) else (self.horizon,)
+        if len(part) > 1 or not all(_is_number(p) and 0 <= p < math.inf for p in part):
+            raise ValueError(
+                f"{me}: horizon must be a number of steps, or (steps, part >= 0) as (100, 0.25), not {self.horizon!r}"
+            )
+        for name, value, least in [("horizon", steps, 1), ("burn_in", self.burn_in, 0)]:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{me}: {name} must be a whole number of steps, at least {least}, not {value!r}")
         if not isinstance(self.normalize, bool):
@@ -223,15 +230,26 @@ class Level:
         """The start value of each state tensor of the rule."""
         return {name: float(self.initial_state.get(name, 0.0)) for name in RULES[self.rule]["state"]}
 
+    def horizons(self) -> tuple[float, float]:
+        """The horizon in steps, and as a part of all steps: the larger one counts."""
+        steps, part = self.horizon if isinstance(self.horizon, tuple) else (self.horizon, 0.0)
+        return float(steps), float(part)
+
+    def is_traced(self) -> bool:
+        """Whether hypergradients are those of traces and not of the last step alone."""
+        return self.horizons() > (1.0, 0.0)
+
     def settings(self) -> dict[str, float]:
         """How the hyperparameters of this level are moved, by the names of csrc/tower.h."""
         limit, limit_steps = self.converge or (0.0, math.inf)
+        horizon, horizon_growth = self.horizons()
         return {
             "clip": math.inf if self.clip is None else self.clip,
             "normalize": float(self.normalize),
             "growth": math.inf if self.growth is None else self.growth,
             "burn_in": self.burn_in,
-            "horizon": self.horizon,
+            "horizon": horizon,
+            "horizon_growth": horizon_growth,
             "limit": limit,
             "limit_steps": limit_steps,
             "trust": math.inf if self.trust is None else self.trust,
@@ -246,7 +264,7 @@ class Level:
         """What two levels must have in common for one to go on from the other's state: all but the numbers."""
         spaces = dict(zip(self.values(), self.coordinates(), strict=True))
         parts = [f"{name}: {spaces[name]}" for name in self.learn_names]
-        parts += ["traced"] * (self.horizon > 1)
+        parts += ["traced"] * self.is_traced()
         parts += ["per tensor"] * (self.granularity == "tensor")
         return f"{self.rule}({', '.join(parts)})"
 

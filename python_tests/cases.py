@@ -226,7 +226,7 @@ def safeguarded(draw: st.DrawFn, level: hx.Level, is_base: bool, granularity: st
     return level.replace(
         space=space,
         granularity=granularity,
-        horizon=draw(st.sampled_from([1, 1, 2, 20])),
+        horizon=draw(st.sampled_from([1, 1, 2, 20, (2, 0.5)])),
         normalize=(learned <= {"lr"} or (is_base and not noisy)) and draw(st.booleans()),
         clip=draw(st.sampled_from([None, 1e-3, 0.1])),
         growth=draw(st.sampled_from([None, 1.001, 1.1])),

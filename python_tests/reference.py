@@ -259,9 +259,13 @@ class _Set:
                 moved, _ = self.twin(w, g, state, {**self.used, name: dual}, step)
                 z = forward_ad.unpack_dual(moved).tangent
             z = torch.zeros_like(w) if z is None else z.clone()
-            self.z[name, key] = (1 - 1 / self.level.horizon) * self.z.get((name, key), 0.0) + z
+            self.z[name, key] = self.keep(step) * self.z.get((name, key), 0.0) + z
         self.state[key] = after
         return new
+
+    def keep(self, step: int) -> float:
+        steps, part = self.level.horizon if isinstance(self.level.horizon, tuple) else (self.level.horizon, 0)
+        return 1 - 1 / max(steps, part * step)
 
     def hypergradient(self, gradients: dict[object, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The exact derivatives with respect to the coordinates, and those that move them."""
@@ -305,9 +309,6 @@ class _Set:
             self.delta = 1 / (1 + (t / steps) ** 2)
             self.used["lr"] = self.delta * self.h["lr"] + (1 - self.delta) * limit
 
-    def fade(self) -> None:
-        self.z = {key: (1 - 1 / self.level.horizon) * z for key, z in self.z.items()}
-
 
 class TranscribedTower:
     """Trains copies of ``params`` with the levels of an ``hx.Stack`` and all of their safeguards, written out."""
@@ -342,7 +343,7 @@ class TranscribedTower:
                     above = aboves[i] if len(aboves) > 1 else aboves[0]
                     step = self.t - s.level.burn_in
                     if i == 0 or len(aboves) > 1:
-                        above.faded = {key: (1 - 1 / above.level.horizon) * z for key, z in above.z.items()}
+                        above.faded = {key: above.keep(step) * z for key, z in above.z.items()}
                     for name in s.learn:
                         if step > 0:
                             new = above.update((i, name), s.x[name], s.applied[name], step)

@@ -246,15 +246,15 @@ def test_operators_check_their_lists():
         (([p], [p], [p, p], [], [p], [one]), r"steps\[0\] must be one int64"),
     ]:
         with pytest.raises(ValueError, match=words):
-            op(*lists, tower, [], 0, 1, 1.0)
+            op(*lists, tower, [], 0, 1.0, 0.0, 1.0)
     with pytest.raises(ValueError, match="tower must be"):
-        op([p], [p], [p, p], [], [one], [one], tower.float(), [], 0, 1, 1.0)
+        op([p], [p], [p, p], [], [one], [one], tower.float(), [], 0, 1.0, 0.0, 1.0)
     with pytest.raises(ValueError, match="rows names row 1 of a tower of 1"):
-        op([p], [p], [p, p], [], [one], [one], tower, [1], 0, 1, 1.0)
+        op([p], [p], [p, p], [], [one], [one], tower, [1], 0, 1.0, 0.0, 1.0)
     with pytest.raises(ValueError, match="record must hold 1"):
-        op([p], [p], [p, p], [], [one], [one], tower, [], 1, 10, 1.0)
+        op([p], [p], [p, p], [], [one], [one], tower, [], 1, 10.0, 0.0, 1.0)
     with pytest.raises(ValueError, match="horizon must be at least 1"):
-        op([p], [p], [p, p], [], [one], [one], tower, [], 0, 0, 1.0)
+        op([p], [p], [p, p], [], [one], [one], tower, [], 0, 0.0, 0.0, 1.0)
     assert torch.equal(p, torch.zeros(4))
 
 

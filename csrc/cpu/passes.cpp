@@ -153,7 +153,7 @@ std::int64_t& counter(const at::Tensor& t) {
 }
 
 bool is_traced(const Pass& pass) {
-  return pass.horizon > 1 && pass.learn != 0;
+  return (pass.horizon > 1.0 || pass.horizon_growth > 0.0) && pass.learn != 0;
 }
 
 // What is kept between steps: a record, or traces.
@@ -205,7 +205,7 @@ Item item_for(Batch& batch, const Rule& rule, const Pass& pass, std::size_t i, W
     for (std::size_t h = 0; h < rule.hypers.size(); ++h)
       if (pass.learn & bit(int(h))) item.slice.trace[h] = recorded();
   item.slice.scale = pass.scale;
-  item.slice.keep = 1.0 - 1.0 / double(pass.horizon);
+  item.slice.keep = 1.0 - 1.0 / std::max(pass.horizon, pass.horizon_growth * double(counter(pass.steps[i]) + 1));
   return item;
 }
 
@@ -233,7 +233,7 @@ void check(const Rule& rule, const Pass& pass) {
   length("steps", pass.steps.size(), n);
   length("ticks", pass.ticks.size(), n);
   if (!pass.rows.empty()) length("rows", pass.rows.size(), n);
-  TORCH_CHECK_VALUE(pass.horizon >= 1, "horizon must be at least 1, not ", pass.horizon);
+  TORCH_CHECK_VALUE(pass.horizon >= 1.0, "horizon must be at least 1, not ", pass.horizon);
   const at::Tensor& tower = pass.tower;
   TORCH_CHECK_VALUE(tower.dim() == 2 && tower.scalar_type() == at::kDouble && tower.is_contiguous() &&
                         tower.size(0) >= 1 && tower.size(1) >= kHeader + kValues * std::int64_t(rule.hypers.size()),

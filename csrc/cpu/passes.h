@@ -20,7 +20,8 @@ struct Pass {
   const at::Tensor& tower;  // float64 [rows, width], see tower.h
   at::IntArrayRef rows;     // n: the row of the tower that holds the hyperparameters of each; empty: row 0 for all
   Mask learn;               // the learned hyperparameters
-  std::int64_t horizon;     // in steps, >= 1
+  double horizon;           // in steps, >= 1: max(horizon, horizon_growth * the number of the step)
+  double horizon_growth;    // >= 0
   double scale;             // what gradients are multiplied by
 };
 

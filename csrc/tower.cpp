@@ -379,7 +379,7 @@ void tower_cap(const TowerView& tower, const double* norms) {
     each_level(tower, row, [&](const Level& level) {
       const int lr = level.rule.lr;
       if (!std::exchange(first, false) || lr < 0) return;
-      const double update = std::sqrt(norms[3 * row]), elements = norms[3 * row + 2];
+      const double update = level.row.used[lr] * std::sqrt(norms[3 * row]), elements = norms[3 * row + 2];
       const double params = std::max(std::sqrt(norms[3 * row + 1]), kSmallestRms * std::sqrt(elements));
       const double most = level.settings[kTrust] * params;
       if (!(update > most)) return;

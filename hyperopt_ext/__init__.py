@@ -9,7 +9,7 @@ import torch  # the extension module needs its libraries
 from hyperopt_ext import compat, functional
 from hyperopt_ext.levels import SGD, AdaBelief, Adadelta, Adagrad, Adam, AdamW, AMSGrad, Lion, NAdam, RMSprop
 from hyperopt_ext.optimizer import HyperOptimizer
-from hyperopt_ext.presets import adam_hd, sgd_hd, sgdn_hd
+from hyperopt_ext.presets import adam_hd, auto, sgd_hd, sgdn_hd
 from hyperopt_ext.stack import Level, Stack
 
 del torch
@@ -29,6 +29,7 @@ __all__ = [
     "RMSprop",
     "Stack",
     "adam_hd",
+    "auto",
     "compat",
     "functional",
     "sgd_hd",

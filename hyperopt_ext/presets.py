@@ -2,8 +2,67 @@
 
 from __future__ import annotations
 
-from hyperopt_ext.levels import SGD, Adam
-from hyperopt_ext.stack import Stack
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from hyperopt_ext.levels import SGD, Adam, AdamW
+from hyperopt_ext.optimizer import HyperOptimizer
+from hyperopt_ext.stack import Level, Stack
+
+# Larger than any lr that `trust` lets pass: the first step lowers it.
+_ANY_LR = 1e30
+
+_MOVED_BY_COSINES: dict[str, Any] = {"learn": "lr", "space": {"lr": "log"}, "normalize": True}
+_BASES: dict[str, Level] = {
+    "adam": Adam(lr=_ANY_LR, betas=(0.9, 0.99), horizon=(125, 0.25), trust=0.03, **_MOVED_BY_COSINES),
+    "adamw": AdamW(lr=_ANY_LR, betas=(0.9, 0.99), horizon=(125, 0.25), trust=0.03, **_MOVED_BY_COSINES),
+    "sgd": SGD(lr=_ANY_LR, momentum=0.9, nesterov=True, horizon=(200, 0.25), trust=0.02, **_MOVED_BY_COSINES),
+}
+# log lr moves by 0.2 times a running mean of the cosines.
+_ABOVE = SGD(lr=0.2, momentum=0.9, dampening=0.9)
+
+
+def auto(
+    params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
+    base: str = "adam",
+    lr: float | None = None,
+    *,
+    maximize: bool = False,
+    nonfinite: str | None = None,
+    **arguments: Any,
+) -> HyperOptimizer:
+    """An optimizer that asks for no step size.
+
+    The logarithm of lr follows the cosine between the gradient and the trace of the updates of the last steps: it grows
+    as long as the updates of the recent past turn out to have been too short, and shrinks when they went too far. No
+    update is larger than a small part of the parameters (``trust``), which sets the first lr and makes any other first
+    lr harmless. The horizon is 125 or 200 steps, or a quarter of all steps if that is more: a short one anneals lr
+    early, in a long and noisy training too early.
+
+    It is the stack ``Adam(betas=(0.9, 0.99), learn="lr", space={"lr": "log"}, normalize=True, horizon=(125, 0.25),
+    trust=0.03) / SGD(lr=0.2, momentum=0.9, dampening=0.9)``, or AdamW in the place of Adam, or ``SGD(momentum=0.9,
+    nesterov=True, horizon=(200, 0.25), trust=0.02, ...)``.
+
+    Args:
+        params: as :class:`HyperOptimizer` takes them.
+        base: ``"adam"``, ``"adamw"`` or ``"sgd"``, the last with Nesterov's momentum. Default: ``"adam"``.
+        lr: the first lr, > 0. Default: ``None``, the largest that the first step allows.
+        maximize, nonfinite: as in :class:`HyperOptimizer`.
+        arguments: of the base level, in the place of those above: ``weight_decay=0.1``, ``betas=(0.9, 0.999)``, ...
+
+    Raises:
+        ValueError: an unknown ``base``, or a value out of its range.
+        TypeError: an unknown argument.
+    """
+    if base not in _BASES:
+        raise ValueError(f"auto: base is {base!r}, but the bases are {', '.join(map(repr, _BASES))}")
+    if lr is not None and not lr > 0:
+        raise ValueError(f"auto: lr must be greater than 0, since its logarithm is learned, not {lr!r}")
+    first = {} if lr is None else {"lr": lr}
+    level = _BASES[base].replace(**first, **arguments)
+    return HyperOptimizer(params, level / _ABOVE, maximize=maximize, nonfinite=nonfinite)
 
 
 def sgd_hd(lr: float, hyper_lr: float = 1e-6) -> Stack:

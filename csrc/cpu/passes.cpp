@@ -6,6 +6,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <deque>
 #include <vector>
@@ -325,14 +326,19 @@ at::Tensor norms_cpu(const Rule& rule, const Pass& pass) {
   at::Tensor result = at::zeros({pass.tower.size(0), 3}, pass.tower.options());
   double* const norms = result.mutable_data_ptr<double>();
   const LearnedSet& set = rule.set_for(is_traced(pass) ? 0 : pass.learn);
+  // The values in use, but an lr of 1: one so large that the update would overflow can be lowered, too.
+  std::vector<std::array<double, kMaxHypers>> values(std::size_t(pass.tower.size(0)));
   Batch batch(pass.params.size());
   for (std::size_t i = 0; i < pass.params.size(); ++i) {
     const Row row = tower_row(rule, pass, i);
     if (!row.ok()) continue;
     const std::int64_t step = counter(pass.steps[i]);
     Item item = item_for(batch, rule, pass, i, kReads);
+    double* const unit = values[std::size_t(item.row)].data();
+    std::copy_n(row.used, rule.hypers.size(), unit);
+    if (rule.lr >= 0) unit[rule.lr] = 1.0;
     item.last_prepared = deferred(batch, rule, pass, row, i, step);
-    item.prepared = batch.prepared(rule.cpu[item.type].prepare, row.used, double(step + 1));
+    item.prepared = batch.prepared(rule.cpu[item.type].prepare, unit, double(step + 1));
     norms[3 * item.row + 2] += double(item.slice.count);
     batch.add(item);
   }

@@ -34,7 +34,8 @@ void check(const Rule& rule, const Pass& pass);
 // parameters in this pass. If nothing is learned, all is 0, unless `norm` asks for the last column.
 at::Tensor hypergradient_cpu(const Rule& rule, const Pass& pass, bool norm);
 
-// float64 [rows, 3]: the squared norms of the update that step_cpu would make and of the parameters, and their number.
+// float64 [rows, 3]: the squared norms of the update that step_cpu would make if lr were 1, and of the parameters, and
+// their number.
 at::Tensor norms_cpu(const Rule& rule, const Pass& pass);
 
 // One step: parameters, state, record, steps and ticks are written. Does nothing where the tower's `ok` is 0.

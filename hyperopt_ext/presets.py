@@ -12,16 +12,20 @@ from hyperopt_ext.optimizer import HyperOptimizer
 from hyperopt_ext.stack import Level, Stack
 
 # Larger than any lr that `trust` lets pass: the first step lowers it.
-_ANY_LR = 1e30
+_ANY_LR = 1e20
 
 _MOVED_BY_COSINES: dict[str, Any] = {"learn": "lr", "space": {"lr": "log"}, "normalize": True}
 _BASES: dict[str, Level] = {
     "adam": Adam(lr=_ANY_LR, betas=(0.9, 0.99), horizon=(125, 0.25), trust=0.03, **_MOVED_BY_COSINES),
     "adamw": AdamW(lr=_ANY_LR, betas=(0.9, 0.99), horizon=(125, 0.25), trust=0.03, **_MOVED_BY_COSINES),
-    "sgd": SGD(lr=_ANY_LR, momentum=0.9, nesterov=True, horizon=(200, 0.25), trust=0.02, **_MOVED_BY_COSINES),
+    "sgd": SGD(lr=_ANY_LR, momentum=0.9, nesterov=True, horizon=(400, 0.25), trust=0.02, **_MOVED_BY_COSINES),
 }
 # log lr moves by 0.2 times a running mean of the cosines.
-_ABOVE = SGD(lr=0.2, momentum=0.9, dampening=0.9)
+_ABOVE = {
+    "adam": SGD(lr=0.2, momentum=0.9, dampening=0.9),
+    "adamw": SGD(lr=0.2, momentum=0.9, dampening=0.9),
+    "sgd": SGD(lr=0.2, momentum=0.95, dampening=0.95),
+}
 
 
 def auto(
@@ -38,12 +42,12 @@ def auto(
     The logarithm of lr follows the cosine between the gradient and the trace of the updates of the last steps: it grows
     as long as the updates of the recent past turn out to have been too short, and shrinks when they went too far. No
     update is larger than a small part of the parameters (``trust``), which sets the first lr and makes any other first
-    lr harmless. The horizon is 125 or 200 steps, or a quarter of all steps if that is more: a short one anneals lr
-    early, in a long and noisy training too early.
+    lr harmless. The horizon is 125 steps (of SGD 400), or a quarter of all steps if that is more: a short one anneals
+    lr early, in a long and noisy training too early.
 
     It is the stack ``Adam(betas=(0.9, 0.99), learn="lr", space={"lr": "log"}, normalize=True, horizon=(125, 0.25),
     trust=0.03) / SGD(lr=0.2, momentum=0.9, dampening=0.9)``, or AdamW in the place of Adam, or ``SGD(momentum=0.9,
-    nesterov=True, horizon=(200, 0.25), trust=0.02, ...)``.
+    nesterov=True, horizon=(400, 0.25), trust=0.02, ...) / SGD(lr=0.2, momentum=0.95, dampening=0.95)``.
 
     Args:
         params: as :class:`HyperOptimizer` takes them.
@@ -58,11 +62,13 @@ def auto(
     """
     if base not in _BASES:
         raise ValueError(f"auto: base is {base!r}, but the bases are {', '.join(map(repr, _BASES))}")
+    if lr is not None and (isinstance(lr, bool) or not isinstance(lr, int | float)):
+        raise TypeError(f"auto: lr must be a number or None, not {lr!r}")
     if lr is not None and not lr > 0:
         raise ValueError(f"auto: lr must be greater than 0, since its logarithm is learned, not {lr!r}")
     first = {} if lr is None else {"lr": lr}
     level = _BASES[base].replace(**first, **arguments)
-    return HyperOptimizer(params, level / _ABOVE, maximize=maximize, nonfinite=nonfinite)
+    return HyperOptimizer(params, level / _ABOVE[base], maximize=maximize, nonfinite=nonfinite)
 
 
 def sgd_hd(lr: float, hyper_lr: float = 1e-6) -> Stack:

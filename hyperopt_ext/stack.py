@@ -159,8 +159,9 @@ class Level:
                 raise ValueError(f"{me}: {name} must be None or a number greater than {low:g}, not {value!r}")
         if isinstance(self.horizon, Sequence):
             object.__setattr__(self, "horizon", tuple(self.horizon))
-        steps, *part = self.horizon if isinstance(self.horizon, tuple) else (self.horizon,)
-        if len(part) > 1 or not all(_is_number(p) and 0 <= p < math.inf for p in part):
+        horizon = self.horizon if isinstance(self.horizon, tuple) else (self.horizon,)
+        steps, part = (horizon or (None,))[0], horizon[1:]
+        if not horizon or len(part) > 1 or not all(_is_number(p) and 0 <= p < math.inf for p in part):
             raise ValueError(
                 f"{me}: horizon must be a number of steps, or (steps, part >= 0) as (100, 0.25), not {self.horizon!r}"
             )

@@ -160,10 +160,10 @@ def make_model(description: str, width: int) -> nn.Sequential:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Mean loss, and the error in %; an output that is not finite is an error."""
+    """Mean loss, and the error in %: 90 or so if the outputs are not finite, as of any fixed answer."""
     outputs = torch.cat([model(part) for part in x.split(10_000)])
-    right = (outputs.argmax(1) == y) & outputs.isfinite().all(1)
-    return F.cross_entropy(outputs, y).item(), 100 * (len(y) - int(right.sum())) / len(y)
+    wrong = int((outputs.argmax(1) != y).sum())
+    return F.cross_entropy(outputs, y).item(), 100 * wrong / len(y)
 
 
 def train(run: Run, data: Data) -> Result:
@@ -305,6 +305,6 @@ def _finite(value: Any) -> Any:
 
 def save(name: str, options: argparse.Namespace, rows: list[dict[str, Any]], figure: Figure) -> None:
     """Writes OUT/NAME.json and OUT/NAME.png."""
-    versions = {package: importlib.metadata.version(package) for package in EXTRAS}
+    versions = {name: importlib.metadata.version(name) for name in EXTRAS}
     settings = {"epochs": options.epochs, "seeds": options.seeds, "batch": BATCH, "packages": versions}
     harness.save(name, {**settings, "rows": _finite(rows)}, figure, options.out)

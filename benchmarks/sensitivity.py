@@ -45,6 +45,10 @@ METHODS = {
 TITLES = {"SGD": "SGD", "SGDN": "SGD, Nesterov's momentum 0.9", "Adam": "Adam"}
 METRICS = {"train_loss": "final training loss (nats)", "test_error": "final test error (%)"}
 CEILING = {"train_loss": 3.0, "test_error": 91.0}  # guessing has 2.3 and about 90
+FIXED: dict[str, dict[str, Any]] = {
+    "constant": {"color": "black", "linewidth": 2.2},
+    "decay": {"color": "C2", "linewidth": 2.2, "linestyle": "--"},
+}
 NEAR = 1.0  # points of test error
 
 
@@ -54,13 +58,13 @@ def plan(options: argparse.Namespace) -> dict[tuple[str, str, float], list[Run]]
     runs = {}
     for method, (level, lrs, betas) in METHODS.items():
         treatments = {"constant": (0, ")"), "decay": (halve_every, ")")}
-        treatments |= {f"HD, beta = {beta:g}": (0, f', learn="lr") / hx.SGD(lr={beta:g})') for beta in betas}
+        treatments |= {f"HD, beta = {beta:g}": (0, f', learn="lr") / hx.SGD(lr={beta})') for beta in betas}
         if options.quick:
             treatments = {name: treatments[name] for name in ("constant", "decay", f"HD, beta = {betas[2]:g}")}
             lrs = lrs[1::3]
         for treatment, (halving, end) in treatments.items():
             for lr in lrs:
-                spec = f"{level}, lr={lr:g}{end}"
+                spec = f"{level}, lr={lr}{end}"
                 runs[method, treatment, lr] = [
                     Run("hyperopt_ext", spec, options.model, options.epochs, seed, halving)
                     for seed in range(options.seeds)
@@ -117,10 +121,8 @@ def draw_curves(ax: Axes, rows: Sequence[dict[str, Any]], metric: str) -> None:
     for row in rows:
         values = np.clip(row[metric], None, CEILING[metric])
         x = np.array(row["lr"]) / row["lr"][int(np.argmin(values))]
-        color, width = colors.get(row["treatment"]), 1.2
-        if color is None:
-            color, width = {"constant": "black", "decay": "C2"}[row["treatment"]], 2.2
-        ax.plot(x, values, marker="o", markersize=3, color=color, linewidth=width, label=row["treatment"])
+        style = FIXED.get(row["treatment"]) or {"color": colors[row["treatment"]], "linewidth": 1.2}
+        ax.plot(x, values, marker="o", markersize=3, label=row["treatment"], **style)
     ax.axvline(1, color="0.6", linewidth=0.8, linestyle=":")
     ax.set(xscale="log", yscale="log", xlabel="lr / best lr of the curve")
     ax.yaxis.set_major_formatter("{x:g}")
@@ -149,7 +151,9 @@ def draw(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> Figure:
 
 def main() -> None:
     parser = options(__doc__, epochs=8, seeds=1)
-    parser.add_argument("--model", default="256 relu 10", help="widths and activations; default: 256 relu 10")
+    parser.add_argument(
+        "--model", default="128 relu 128 relu 10", help="widths and activations; default: 128 relu 128 relu 10"
+    )
     parser.add_argument("--halve-every", type=int, metavar="N", help="epochs, for decay; default: an eighth of all")
     chosen = parser.parse_args()
     rows = collect(chosen)

@@ -289,10 +289,10 @@ def draw(entries: list[dict[str, Any]], options: argparse.Namespace) -> Figure:
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_formatter("")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
-    caption = (
+    title = (
         f"MNIST, {options.epochs} epochs; mean and standard deviation of {options.seeds} seeds; {describe_machine()}"
     )
-    figure.suptitle(caption, fontsize=9, y=-0.01, va="top")
+    figure.suptitle(title, fontsize=10)
     return figure
 
 

@@ -34,6 +34,7 @@ class UncorrectedAMSGrad(gdtuo.Adam):
         for name, param in params.items():
             start = torch.full_like(param, self.eps)
             m, v, largest = self.cache.get(name, (torch.zeros_like(param), start, start))
+            assert param.grad is not None
             g = param.grad.detach()
             m = beta1 * m.detach() + (1 - beta1) * g
             new = beta2 * v.detach() + (1 - beta2) * g * g

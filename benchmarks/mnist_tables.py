@@ -286,13 +286,13 @@ def draw(entries: list[dict[str, Any]], options: argparse.Namespace) -> Figure:
             size = 14 if marker == "|" else 5
             ax.errorbar(x, y + shift, xerr=error, fmt=marker, color=color, markersize=size, capsize=2, label=label)
     ax.set_yticks(range(len(rows)), [entry["row"] for entry in rows])
-    ax.invert_yaxis()
+    ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.grid(alpha=0.3)
     ax.set(xscale="log", xlabel="test error (%)")
     ax.set_xticks([2, 3, 4, 5, 6, 8, 10, 14])
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_formatter("")
-    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     title = (
         f"MNIST, {options.epochs} epochs; mean and standard deviation of {options.seeds} seeds; {describe_machine()}"
     )

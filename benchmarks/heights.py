@@ -57,13 +57,14 @@ def package(base: str, lr: float, height: int) -> str:
 
 
 def safeguarded(base: str, lr: float, height: int) -> str:
-    """A tower that moves relative step sizes by cosines, looks 100 steps back and bounds every update.
+    """A tower that moves step sizes by a part of themselves, after a look far back, and bounds every update.
 
-    Above the first level a step size is a relative change in one step; it starts from ``lr``, within what makes sense.
+    The first level gets what ``hx.auto`` is made of. Above it a step size is a relative change in one step: it starts
+    from ``lr``, within the range of what makes sense for one.
     """
-    low, high = 0.01, {"SGD": 0.3, "Adam": 0.05}[base]
     relative = 'learn="lr", space={"lr": "log"}, normalize=True'
-    first = f"hx.{base}(lr={lr}, {relative}, horizon=100, trust=0.1)"
+    horizon, trust, low, high = {"SGD": (100, 0.1, 0.15, 0.3), "Adam": ((125, 0.25), 0.03, 0.03, 0.1)}[base]
+    first = f"hx.{base}(lr={lr}, {relative}, horizon={horizon}, trust={trust})"
     above = f'hx.{base}(lr={min(max(lr, low), high)}, {relative}, bounds={{"lr": ({low}, {high})}})'
     return " / ".join([first, *[above] * height])
 

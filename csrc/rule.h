@@ -13,7 +13,8 @@
 // From these four the library instantiates the update, the hypergradient and the scalar tower. `sets` names the learned
 // sets to specialise, smallest first (none and all come by themselves; any other set uses the smallest that holds it).
 // Which hyperparameters reach the state, and what of the last step has to be kept for the next hypergradient, is read off
-// the types (RecordOf below), so a rule declares neither. See rules/adam.h for a complete rule.
+// the types (RecordOf below), so a rule declares neither. If a hyperparameter is called lr, every change is proportional to
+// it. See rules/adam.h for a complete rule.
 #pragma once
 
 #include <array>
@@ -195,7 +196,7 @@ struct Rule {
   std::vector<LearnedSet> sets;  // smallest first, from none to all hyperparameters
   StepKernels cpu[kScalarTypes];
   LevelKernel level;
-  int lr;  // the index of the hyperparameter that every update is proportional to; -1: there is none
+  int lr;  // the index of the hyperparameter of that name; -1: there is none
 
   // The smallest compiled set that holds all of `learn`.
   const LearnedSet& set_for(Mask learn) const {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any, overload
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -161,6 +162,19 @@ def _move_towers(updates: list[_Update]) -> None:
     apply(ops.cap_.default, capped, [update.group.norms(*update.active) for update in capped])
 
 
+_alive: WeakValueDictionary[str, HyperOptimizer] = WeakValueDictionary()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _create_state(key: str) -> None:
+    """Runs while a step is traced, so that the graph finds all state there and need not change after the first step."""
+    opt = _alive[key]
+    for group in opt._groups:
+        for p in group.group["params"]:
+            if p.requires_grad and p not in opt.state:
+                opt.state[p] = group.new_state(p)
+
+
 class HyperOptimizer(Optimizer):
     """Trains parameters with ``stack[0]``, and each level's hyperparameters by gradient descent with the level above.
 
@@ -259,13 +273,13 @@ class HyperOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        updates = []
+        if torch.compiler.is_compiling():
+            _create_state(self._key)
+        # All gradients before any state: dynamo must not meet a parameter as a key of the state first.
+        moving = [[p for p in g.group["params"] if p.grad is not None and p.requires_grad] for g in self._groups]
         for group in self._groups:
             group.adopt_assignments()
-            params = [p for p in group.group["params"] if p.grad is not None and p.requires_grad]
-            if params:
-                updates.append(_Update(group, params, self.state))
-
+        updates = [_Update(g, params, self.state) for g, params in zip(self._groups, moving, strict=True) if params]
         _move_towers(updates)
         for update in updates:
             update.step()
@@ -330,6 +344,8 @@ class HyperOptimizer(Optimizer):
     def _attach(self) -> None:
         """Rebuilds what is derived from the param groups."""
         self._groups = [_Group(group) for group in self.param_groups]
+        self._key = str(id(self))  # of an int, dynamo would make a symbol
+        _alive[self._key] = self
         for group in self._groups:
             group.group.update(group.hyperparameters[0])
 

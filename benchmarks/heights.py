@@ -30,7 +30,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-MODEL = "128 tanh 10"
+MODEL = "128 tanh 10 tanh"
 STEP_SIZES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
 HEIGHTS = (0, 1, 2, 3, 4, 5)
 BASES = ("SGD", "Adam")
@@ -63,7 +63,7 @@ def safeguarded(base: str, lr: float, height: int) -> str:
     from ``lr``, within the range of what makes sense for one.
     """
     relative = 'learn="lr", space={"lr": "log"}, normalize=True'
-    horizon, trust, low, high = {"SGD": (100, 0.1, 0.15, 0.3), "Adam": ((125, 0.25), 0.03, 0.03, 0.1)}[base]
+    horizon, trust, low, high = {"SGD": (100, 0.1, 0.15, 0.3), "Adam": ((125, 0.25), 0.03, 0.045, 0.055)}[base]
     first = f"hx.{base}(lr={lr}, {relative}, horizon={horizon}, trust={trust})"
     above = f'hx.{base}(lr={min(max(lr, low), high)}, {relative}, bounds={{"lr": ({low}, {high})}})'
     return " / ".join([first, *[above] * height])

@@ -4,7 +4,6 @@
 #include <cmath>
 #include <functional>
 #include <stdexcept>
-#include <utility>
 #include <vector>
 
 namespace hyperopt_ext {
@@ -374,11 +373,11 @@ void tower_step(const TowerView& tower, const double* sums) {
 
 void tower_cap(const TowerView& tower, const double* norms) {
   for (std::int64_t row = 0; row < tower.rows; ++row) {
-    if (tower.start[row * tower.width + kOk] == 0.0) continue;
-    bool first = true;
-    each_level(tower, row, [&](const Level& level) {
+    double* const start = tower.start + row * tower.width;
+    if (start[kOk] == 0.0) continue;
+    each_level(start, tower.plan, tower.bounds, tower.settings, 1, [&](const Level& level) {
       const int lr = level.rule.lr;
-      if (!std::exchange(first, false) || lr < 0) return;
+      if (lr < 0) return;
       const double update = level.row.used[lr] * std::sqrt(norms[3 * row]), elements = norms[3 * row + 2];
       const double params = std::max(std::sqrt(norms[3 * row + 1]), kSmallestRms * std::sqrt(elements));
       const double most = level.settings[kTrust] * params;

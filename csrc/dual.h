@@ -122,6 +122,14 @@ HX_FN Dual<T, 0> constant(T value) {
   return Dual<T, 0>(value);
 }
 
+template <int D, class T>
+HX_FN Dual<T, bit(D)> variable(T value) {
+  Dual<T, bit(D)> result;
+  result.value = value;
+  result.template set_tangent<D>(T(1));
+  return result;
+}
+
 // The chain rule for y = f(a) with df/da = slope.
 template <class T, Mask A>
 HX_FN Dual<T, A> chain(T value, const Dual<T, A>& a, T slope) {

@@ -4,8 +4,9 @@
 //   R_norms          how large the coming update and the parameters are
 //   R_step_          pass B: one update, in place
 //   R_settle_        closes the record of parameters that have no gradient in this step
-//   R                one update as a differentiable function of its hyperparameters
-//   R_backward       its backward
+//   R                one update as a differentiable function of its hyperparameters, or of all that it reads
+//   R_backward       its backward to the hyperparameters
+//   R_vjp            its backward to everything
 //
 // and, between the two passes, tower_ for any number of towers of any height, and cap_, which bounds their first level by
 // what R_norms gave.
@@ -81,8 +82,9 @@ void call(const c10::TypedOperatorHandle<OfPass<void>>& op, const Pass& p) {
 }
 
 using TowerOp = void(TensorList, TensorList, TensorList, TensorList, TensorList);
-using Update = std::vector<Tensor>(TensorList, TensorList, TensorList, TensorList, const Tensor&);
+using Update = std::vector<Tensor>(TensorList, TensorList, TensorList, TensorList, const Tensor&, bool);
 using Backward = Tensor(TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor&);
+using Vjp = std::vector<Tensor>(TensorList, TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor&);
 
 // The arguments of R and R_backward.
 void check_inputs(const Rule& rule, TensorList params, TensorList grads, TensorList state, TensorList hyper,
@@ -154,40 +156,68 @@ std::vector<double> values_of(TensorList tensors) {
   return values;
 }
 
-// R as an autograd function. Its detach points are the paper's: parameters, gradients and state are constants, the new
-// state is not differentiated, and a backward reaches the hyperparameters alone.
+at::ScalarType arithmetic(const Tensor& param) {
+  return param.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// What R_vjp returns, not yet filled: a tensor for each parameter, gradient and state, and one for the hyperparameters.
+std::vector<Tensor> new_vjp(const Rule& rule, TensorList params, TensorList hyper) {
+  std::vector<Tensor> outputs;
+  for (std::size_t k = 0; k < 2 + rule.state.size(); ++k)
+    for (const Tensor& p : params) outputs.push_back(at::empty_like(p, p.options().dtype(arithmetic(p))));
+  outputs.push_back(at::zeros({std::int64_t(hyper.size())}, hyper[0].options().dtype(at::kDouble)));
+  return outputs;
+}
+
+// R as an autograd function. With `detach` its detach points are the paper's: parameters, gradients and state are
+// constants, the new state is not differentiated, and a backward reaches the hyperparameters alone.
 struct UpdateFunction : torch::autograd::Function<UpdateFunction> {
   static constexpr bool is_traceable = true;  // without it, compiled autograd breaks the graph here
 
   static variable_list forward(torch::autograd::AutogradContext* ctx, TensorList params, TensorList grads,
-                               TensorList state, TensorList hyper, const Tensor& step, const std::string& rule) {
+                               TensorList state, TensorList hyper, const Tensor& step, bool detach,
+                               const std::string& rule) {
     at::AutoDispatchBelowADInplaceOrView below;
-    variable_list outputs = op<Update>(rule).call(params, grads, state, hyper, step);
+    variable_list outputs = op<Update>(rule).call(params, grads, state, hyper, step, detach);
     variable_list inputs;
     for (TensorList list : {params, grads, state, hyper}) inputs.insert(inputs.end(), list.begin(), list.end());
     inputs.push_back(step);
     ctx->save_for_backward(inputs);
     ctx->saved_data["rule"] = rule;
+    ctx->saved_data["detach"] = detach;
     ctx->saved_data["params"] = std::int64_t(params.size());
     ctx->saved_data["hypers"] = std::int64_t(hyper.size());
-    ctx->mark_non_differentiable({outputs.begin() + std::ptrdiff_t(params.size()), outputs.end()});
+    if (detach) ctx->mark_non_differentiable({outputs.begin() + std::ptrdiff_t(params.size()), outputs.end()});
     return outputs;
   }
 
   static variable_list backward(torch::autograd::AutogradContext* ctx, variable_list grad_outputs) {
     const variable_list inputs = ctx->get_saved_variables();
+    const std::string rule = ctx->saved_data["rule"].toStringRef();
+    const bool detach = ctx->saved_data["detach"].toBool();
     const std::size_t n = std::size_t(ctx->saved_data["params"].toInt());
     const std::size_t hypers = std::size_t(ctx->saved_data["hypers"].toInt());
     const std::size_t states = inputs.size() - 1 - 2 * n - hypers;
     const TensorList all(inputs);
-    const TensorList params = all.slice(0, n), hyper = all.slice(2 * n + states, hypers);
-    variable_list grad_params;
-    for (std::size_t i = 0; i < n; ++i)
-      grad_params.push_back(grad_outputs[i].defined() ? grad_outputs[i].to(params[i].scalar_type())
-                                                      : at::zeros_like(params[i]));
-    const Tensor sums = op<Backward>(ctx->saved_data["rule"].toStringRef() + "_backward")
-                            .call(grad_params, params, all.slice(n, n), all.slice(2 * n, states), hyper, all.back());
-    variable_list result(inputs.size() + 1);  // one for the name of the rule
+    const TensorList params = all.slice(0, n), grads = all.slice(n, n), state = all.slice(2 * n, states),
+                     hyper = all.slice(2 * n + states, hypers);
+    const auto upstream = [&](std::size_t output, const Tensor& like) {
+      const Tensor& grad = grad_outputs[output];
+      return grad.defined() ? grad.to(like.scalar_type()) : at::zeros_like(like);
+    };
+    variable_list grad_params, grad_state;
+    for (std::size_t i = 0; i < n; ++i) grad_params.push_back(upstream(i, params[i]));
+    variable_list result(inputs.size() + 2);  // two for `detach` and the name of the rule
+    Tensor sums;
+    if (detach) {
+      sums = op<Backward>(rule + "_backward").call(grad_params, params, grads, state, hyper, all.back());
+    } else {
+      for (std::size_t i = 0; i < states; ++i) grad_state.push_back(upstream(n + i, state[i]));
+      const variable_list pulled =
+          op<Vjp>(rule + "_vjp").call(grad_params, grad_state, params, grads, state, hyper, all.back());
+      for (std::size_t i = 0; i < 2 * n + states; ++i) result[i] = pulled[i].to(inputs[i].scalar_type());
+      sums = pulled.back();
+    }
     for (std::size_t i = 0; i < hypers; ++i)
       result[2 * n + states + i] = sums.select(0, std::int64_t(i)).to(hyper[i].options()).view_as(hyper[i]);
     return result;
@@ -213,7 +243,10 @@ void define_ops(const Rule& rule) {
       "_settle_(Tensor[] params, Tensor[] grads, Tensor(a!)[] state, Tensor(b!)[] record, Tensor[] steps, "
       "Tensor(c!)[] ticks, Tensor tower, int[] rows, int learn, float horizon, float horizon_growth, float scale) -> "
       "()");
-  define("(Tensor[] params, Tensor[] grads, Tensor[] state, Tensor[] hyper, Tensor step) -> Tensor[]");
+  define("(Tensor[] params, Tensor[] grads, Tensor[] state, Tensor[] hyper, Tensor step, bool detach) -> Tensor[]");
+  define(
+      "_vjp(Tensor[] grad_params, Tensor[] grad_state, Tensor[] params, Tensor[] grads, Tensor[] state, "
+      "Tensor[] hyper, Tensor step) -> Tensor[]");
   define(
       "_backward(Tensor[] grad_params, Tensor[] params, Tensor[] grads, Tensor[] state, Tensor[] hyper, Tensor step) "
       "-> Tensor");
@@ -261,17 +294,18 @@ void define_ops(const Rule& rule) {
        }));
   impl(name + "_settle_", DispatchKey::Meta, of_pass([](const Pass&) {}));
 
-  impl_cpu(name, [r](TensorList params, TensorList grads, TensorList state, TensorList hyper, const Tensor& step) {
-    check_inputs(*r, params, grads, state, hyper, step);
-    std::vector<Tensor> outputs;
-    for (TensorList list : {params, state})
-      for (const Tensor& t : list) outputs.push_back(t.clone());
-    update_cpu(*r, TensorList(outputs).slice(0, params.size()), grads, TensorList(outputs).slice(params.size()),
-               values_of(hyper).data(), step.item<double>());
-    return outputs;
-  });
+  impl_cpu(name,
+           [r](TensorList params, TensorList grads, TensorList state, TensorList hyper, const Tensor& step, bool) {
+             check_inputs(*r, params, grads, state, hyper, step);
+             std::vector<Tensor> outputs;
+             for (TensorList list : {params, state})
+               for (const Tensor& t : list) outputs.push_back(t.clone());
+             update_cpu(*r, TensorList(outputs).slice(0, params.size()), grads,
+                        TensorList(outputs).slice(params.size()), values_of(hyper).data(), step.item<double>());
+             return outputs;
+           });
   impl(name, DispatchKey::Meta,
-       [r](TensorList params, TensorList grads, TensorList state, TensorList hyper, const Tensor& step) {
+       [r](TensorList params, TensorList grads, TensorList state, TensorList hyper, const Tensor& step, bool) {
          check_inputs(*r, params, grads, state, hyper, step);
          std::vector<Tensor> outputs;
          for (TensorList list : {params, state})
@@ -279,16 +313,16 @@ void define_ops(const Rule& rule) {
          return outputs;
        });
   impl(name, DispatchKey::Autograd,
-       [name](TensorList params, TensorList grads, TensorList state, TensorList hyper, const Tensor& step) {
-         return UpdateFunction::apply(params, grads, state, hyper, step, name);
-       });
+       [name](TensorList params, TensorList grads, TensorList state, TensorList hyper, const Tensor& step,
+              bool detach) { return UpdateFunction::apply(params, grads, state, hyper, step, detach, name); });
 
   impl_cpu(name + "_backward", [r](TensorList grad_params, TensorList params, TensorList grads, TensorList state,
                                    TensorList hyper, const Tensor& step) {
     check_inputs(*r, params, grads, state, hyper, step);
     check_inputs(*r, params, grad_params, state, hyper, step);
     Tensor sums = at::zeros({std::int64_t(hyper.size())}, hyper[0].options().dtype(at::kDouble));
-    backward_cpu(*r, grad_params, params, grads, state, values_of(hyper).data(), step.item<double>(),
+    const std::vector<double> values = values_of(hyper);
+    backward_cpu(*r, grad_params, {params, grads, state, values.data(), step.item<double>()},
                  sums.mutable_data_ptr<double>());
     return sums;
   });
@@ -297,6 +331,22 @@ void define_ops(const Rule& rule) {
          return at::empty({std::int64_t(hyper.size())}, hyper[0].options().dtype(at::kDouble));
        });
   not_differentiable(name + "_backward");
+
+  impl_cpu(name + "_vjp", [r](TensorList grad_params, TensorList grad_state, TensorList params, TensorList grads,
+                              TensorList state, TensorList hyper, const Tensor& step) {
+    check_inputs(*r, params, grads, state, hyper, step);
+    check_inputs(*r, params, grad_params, grad_state, hyper, step);
+    std::vector<Tensor> outputs = new_vjp(*r, params, hyper);
+    const std::vector<double> values = values_of(hyper);
+    vjp_cpu(*r, grad_params, grad_state, {params, grads, state, values.data(), step.item<double>()},
+            TensorList(outputs).slice(0, outputs.size() - 1), outputs.back().mutable_data_ptr<double>());
+    return outputs;
+  });
+  impl(name + "_vjp", DispatchKey::Meta,
+       [r](TensorList, TensorList, TensorList params, TensorList, TensorList, TensorList hyper, const Tensor&) {
+         return new_vjp(*r, params, hyper);
+       });
+  not_differentiable(name + "_vjp");
 }
 
 void define_tower_ops() {

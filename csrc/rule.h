@@ -91,10 +91,14 @@ enum Record : unsigned {
   kParam = 4,     // last_param: the parameter before the step
 };
 
+// Directions beyond the hyperparameters: the other inputs of a step. kOfState is that of the first state.
+constexpr int kOfState = 20, kOfParam = 29, kOfGrad = 30;
+static_assert(kMaxHypers <= kOfState && kOfState + kMaxStates <= kOfParam, "directions overlap");
+
 namespace detail {
 
-// Directions beyond the hyperparameters, used to see by type what a function depends on.
-constexpr Mask kProbeGrad = bit(30), kProbeParam = bit(29);
+// To see by type what a function depends on.
+constexpr Mask kProbeGrad = bit(kOfGrad), kProbeParam = bit(kOfParam);
 
 template <class Tuple>
 struct MaskOf;
@@ -148,7 +152,9 @@ struct Slice {
   void* state[kMaxStates];
   void* last_grad;
   void* last_param;
-  void* trace[kMaxHypers];  // of the learned hyperparameters, if their horizon is longer than one step; else null
+  void* trace[kMaxHypers];       // of the learned hyperparameters, if their horizon is longer than one step; else null
+  void* grad_state[kMaxStates];  // for vjp, in the arithmetic type: d loss / d state after the step,
+  void* grad_input[2 + kMaxStates];  // and what is made of it and of grad: d loss / d (param, grad, state before it)
   std::int64_t count;
   double scale;
   double keep;  // what a trace is multiplied by at each step
@@ -163,7 +169,9 @@ using SumKernel = void (*)(const Slice&, const void* prepared, double* sums);
 struct StepKernels {
   PrepareKernel prepare;
   void (*settle)(const Slice&, const void* last_prepared);
-  SumKernel backward;  // over all hyperparameters, from the inputs of the step; prepared as for the last LearnedSet
+  // From the inputs of the step, with the sums over all hyperparameters; prepared as for the last LearnedSet.
+  SumKernel backward;  // through the parameters, to the hyperparameters
+  SumKernel vjp;       // through parameters and state, to all inputs
 };
 
 struct LearnedKernels {

@@ -184,7 +184,8 @@ void move(const Level& level, const Level& above, double step, const double* gra
     if (moved == r.x[i] || !std::isfinite(moved)) continue;
     const double value = value_at(level.space(i), moved);
     double kept = std::min(std::max(value, level.bounds[2 * i]), level.bounds[2 * i + 1]);
-    if (i == level.rule.lr) kept = std::min(kept, level.settings[kGrowth] * r.live[i]);
+    if (i == level.rule.lr && std::isfinite(level.settings[kGrowth]))
+      kept = std::min(kept, level.settings[kGrowth] * r.live[i]);
     if (!std::isfinite(kept)) continue;
     r.x[i] = kept == value ? moved : coordinate_of(level.space(i), kept);
     r.bounded[i] += kept == value ? 0.0 : 1.0;

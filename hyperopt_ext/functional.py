@@ -37,9 +37,13 @@ Args:
     hyper: the hyperparameters of the method by name (``lr``, ``beta1``, ...), as floating-point tensors of one number;
         what is not named is at its default.
     step: the number of this step, from 1, a tensor of one number.
+    detach: parameters, gradients and state count as constants, as in the paper, and a backward reaches the
+        hyperparameters alone. ``False``: the step is differentiable with respect to all that it reads, so that several
+        can be unrolled. A second derivative is an error in both cases. Default: True.
 {structure}
 Returns:
-    The new parameters, differentiable with respect to ``hyper``, and the new state, which is not.
+    The new parameters, differentiable with respect to ``hyper``, and the new state, which is not, unless ``detach`` is
+    False.
 
 Raises:
     TypeError: a hyperparameter or ``step`` is not a tensor.
@@ -56,12 +60,13 @@ def _step_of(spec: type[Level]) -> Callable[..., tuple[list[Tensor], State]]:
         state: Mapping[str, Sequence[Tensor]] | None,
         hyper: Mapping[str, Tensor],
         step: Tensor,
+        detach: bool = True,
         **structure: bool,
     ) -> tuple[list[Tensor], State]:
         for name in structure:
             if name not in known:
                 raise TypeError(f"{function} has no argument {name!r}")
-        return _update(spec.rule_for(list(hyper), **structure), params, grads, state, hyper, step)
+        return _update(spec.rule_for(list(hyper), **structure), params, grads, state, hyper, step, detach)
 
     arguments = f"    {', '.join(known)}: the variant of the method, as there.\n" if known else ""
     if spec.optional:
@@ -86,6 +91,7 @@ def _update(
     state: Mapping[str, Sequence[Tensor]] | None,
     hyper: Mapping[str, Tensor],
     step: Tensor,
+    detach: bool,
 ) -> tuple[list[Tensor], State]:
     slots, known = RULES[rule]["state"], RULES[rule]["hypers"]
     for argument, tensors in [("params", params), ("grads", grads)]:
@@ -108,7 +114,7 @@ def _update(
         hyper[h["name"]] if h["name"] in hyper else step.new_tensor(h["initial"], dtype=torch.float64) for h in known
     ]
     op = getattr(torch.ops.hyperopt_ext, rule).default
-    outputs = op(params, list(grads), [t for name in slots for t in state[name]], values, step)
+    outputs = op(params, list(grads), [t for name in slots for t in state[name]], values, step, detach)
     n = len(params)
     return outputs[:n], {name: outputs[n * (k + 1) : n * (k + 2)] for k, name in enumerate(slots)}
 

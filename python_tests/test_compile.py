@@ -92,7 +92,9 @@ def test_a_compiled_optimizer_that_was_loaded_or_copied():
 
 # Last: after it, dynamo of torch 2.13 takes a None that a function returns for a gradient of this one.
 @pytest.mark.parametrize("way", ["backward", "grad"])
-@pytest.mark.parametrize("stack", [STACKS["adam"], STACKS["height 8"], STACKS["traced, capped"]], ids=["adam", "height 8", "traced"])
+@pytest.mark.parametrize(
+    "stack", [STACKS["adam"], STACKS["height 8"], STACKS["traced, capped"]], ids=["adam", "height 8", "traced"]
+)
 @torch._dynamo.config.patch(trace_autograd_ops=True)
 def test_a_whole_training_step_is_one_graph(stack, way):
     eager, compiled = Regression(STEPS), Regression(STEPS)

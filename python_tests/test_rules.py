@@ -160,15 +160,50 @@ def test_functional_form_passes_gradcheck(case):
     op = getattr(OPS, case.rule)
 
     def update(*hyper):
-        return tuple(op(params, grads, state, list(hyper), step)[: len(params)])
+        return tuple(op(params, grads, state, list(hyper), step, True)[: len(params)])
 
     torch.autograd.gradcheck(update, hyper)
 
 
 @every_rule
-def test_second_derivatives_are_an_error_not_a_wrong_number(case):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_unrolled_steps_equal_autograd(case, dtype):
+    """Ten steps with gradients that depend on the parameters, differentiated with respect to all that went in."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(50, dtype=torch.float64, generator=generator)
+    start = torch.randn(50, dtype=torch.float64, generator=generator)
+    level = level_of(case.rule, case.hyper)
+    function, options = getattr(hx.functional, type(level).__name__.lower()), structure_of(level)
+
+    def unroll(update, dtype):
+        w = start.to(dtype).requires_grad_()
+        first = {name: torch.full_like(w, 0.1, requires_grad=True) for name in RULES[case.rule]["state"]}
+        hyper = {name: torch.tensor(v, dtype=torch.float64, requires_grad=True) for name, v in case.hyper.items()}
+        p, state = w, first
+        for step in range(1, 11):
+            g = torch.sin(p) * 0.5 + (p - target.to(dtype)) * 0.1
+            p, state = update(p, g, state, hyper, step)
+        inputs = [w, *first.values(), *hyper.values()]
+        loss = (p * target.to(dtype)).sum() + sum(s.square().sum() for s in state.values())
+        return torch.autograd.grad(loss, inputs, allow_unused=True)
+
+    def ours(p, g, state, hyper, step):
+        lists = {name: [s] for name, s in state.items()}
+        [new], after = function([p], [g], lists, hyper, torch.tensor(step), detach=False, **options)
+        return new, {name: t for name, [t] in after.items()}
+
+    expected = unroll(TWINS[case.rule], torch.float64)
+    for got, e in zip(unroll(ours, dtype), expected, strict=True):
+        e = torch.zeros_like(got, dtype=torch.float64) if e is None else e
+        scale = max(e.abs().max().item(), 1e-3)
+        assert (got - e).abs().max().item() < (1e-9 if dtype == torch.float64 else 1e-3) * scale
+
+
+@every_rule
+@pytest.mark.parametrize("detach", [True, False])
+def test_second_derivatives_are_an_error_not_a_wrong_number(case, detach):
     params, grads, state, hyper, step = functional_arguments(case)
-    new = getattr(OPS, case.rule)(params, grads, state, hyper, step)[0]
+    new = getattr(OPS, case.rule)(params, grads, state, hyper, step, detach)[0]
     (first,) = torch.autograd.grad(new.sum(), hyper[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="not implemented"):
         torch.autograd.grad(first, hyper[:1])
@@ -189,9 +224,10 @@ def test_opcheck(case, learn):
     check(getattr(OPS, f"{case.rule}_hypergradient").default, (*arguments, True))
     for op in ("norms", "step_", "settle_"):
         check(getattr(OPS, f"{case.rule}_{op}").default, arguments)
-    check(getattr(OPS, case.rule).default, functional_arguments(case, requires_grad=learn == "all"))
+    check(getattr(OPS, case.rule).default, (*functional_arguments(case, requires_grad=learn == "all"), learn == "lr"))
     params, grads, state, hyper, step = functional_arguments(case, requires_grad=False)
     check(getattr(OPS, f"{case.rule}_backward").default, (grads, params, grads, state, hyper, step))
+    check(getattr(OPS, f"{case.rule}_vjp").default, (grads, state, params, grads, state, hyper, step))
 
 
 def test_opcheck_of_the_tower():

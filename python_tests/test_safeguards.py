@@ -263,6 +263,21 @@ def test_a_learning_rate_does_not_turn_negative_and_says_so():
     assert opt.bounded_steps()[0]["lr"] == 2
 
 
+def test_an_unbounded_learning_rate_turns_negative_and_comes_back():
+    """As in the paper's package."""
+    w = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+    opt = hx.HyperOptimizer([w], gdtuo.SGD(0.1) / gdtuo.SGD(0.1))
+    alpha, last, seen = 0.1, 0.0, []
+    for g in (1.0, -2.0, 1.0, 1.0, 2.0, 1.0):
+        alpha += 0.1 * g * last
+        last = g
+        w.grad = torch.tensor([g], dtype=torch.float64)
+        opt.step()
+        assert opt.hyperparameters()[0]["lr"].item() == pytest.approx(alpha, rel=1e-12)
+        seen.append(alpha)
+    assert min(seen) < -0.2 < 0.1 < seen[-1]
+
+
 def test_the_package_has_an_alpha_for_each_tensor():
     """SGDPerParam of the paper's package, also under levels that all tensors share."""
     problem = Regression(20)

@@ -71,6 +71,7 @@ struct Elements {
       last_w[i] = w[i];
   }
   HX_FN auto state(std::int64_t i) const { return state(i, kStates); }
+  HX_FN auto variable_state(std::int64_t i) const { return variable_state(i, kStates); }
   template <class State>
   HX_FN void set_state(std::int64_t i, const State& values) const {
     set_state(i, values, kStates);
@@ -80,6 +81,10 @@ struct Elements {
   template <std::size_t... I>
   HX_FN auto state([[maybe_unused]] std::int64_t i, std::index_sequence<I...>) const {
     return pack(constant(s[I][i])...);
+  }
+  template <std::size_t... I>
+  HX_FN auto variable_state([[maybe_unused]] std::int64_t i, std::index_sequence<I...>) const {
+    return pack(variable<kOfState + int(I)>(s[I][i])...);
   }
   template <class State, std::size_t... I>
   HX_FN void set_state([[maybe_unused]] std::int64_t i, const State& values, std::index_sequence<I...>) const {
@@ -287,6 +292,47 @@ HX_CLONES void hypergradient(const Slice& slice, const void* prepared, double* s
       for (int k = 0; k < n; ++k) sums[n + k] += double(squares[k]);
       sums[2 * n] += double(square);
     }
+  }
+}
+
+// The whole vector-Jacobian product of a step, from its inputs as they are Given to hypergradient() above: to w, the
+// gradient and the state before it in grad_input, and to each hyperparameter in `sums`.
+template <class R, class T>
+HX_CLONES void vjp(const Slice& slice, const void* prepared, double* sums) {
+  using A = Arithmetic<T>;
+  constexpr Mask S = kAllHypers<R>;
+  constexpr int states = int(R::state.size());
+  using P = Prepared<R, A, S>;
+  const Elements<R, T, T> x(slice);
+  const P p = *static_cast<const P*>(prepared);
+  const A* grad_state[kMaxStates];
+  A* grad_input[2 + kMaxStates];
+  for (int k = 0; k < kMaxStates; ++k) grad_state[k] = static_cast<const A*>(slice.grad_state[k]);
+  for (int k = 0; k < 2 + kMaxStates; ++k) grad_input[k] = static_cast<A*>(slice.grad_input[k]);
+  constexpr Mask state_mask = ((Mask(1) << states) - 1) << kOfState;
+  for (std::int64_t begin = 0; begin < slice.count; begin += kSumBlock) {
+    const std::int64_t end = std::min(begin + kSumBlock, slice.count);
+    A sum[count(S)] = {};
+    HX_INDEPENDENT
+    for (std::int64_t i = begin; i < end; ++i) {
+      const auto w = variable<kOfParam>(A(x.last_w[i]));
+      const auto e = variable<kOfGrad>(A(x.last_g[i])) + R::penalty(p, w);
+      const auto after = advance<R>(p, e, x.variable_state(i));
+      const auto updated = w + change<R>(p, e, w, after);
+      const A upstream = x.grad(i).value;
+      const auto pull = [&](auto d) HX_LAMBDA {
+        A total = upstream * updated.template tangent<d>();
+        each_direction<state_mask>([&](auto s) HX_LAMBDA {
+          total += grad_state[s - kOfState][i] * std::get<s - kOfState>(after).template tangent<d>();
+        });
+        return total;
+      };
+      each_direction<S>([&](auto d) HX_LAMBDA { sum[position(S, d)] += pull(d); });
+      grad_input[0][i] = pull(std::integral_constant<int, kOfParam>{});
+      grad_input[1][i] = pull(std::integral_constant<int, kOfGrad>{});
+      each_direction<state_mask>([&](auto d) HX_LAMBDA { grad_input[2 + d - kOfState][i] = pull(d); });
+    }
+    for (int k = 0; k < count(S); ++k) sums[k] += double(sum[k]);
   }
 }
 

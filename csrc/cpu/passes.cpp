@@ -115,6 +115,8 @@ class Batch {
         slice.last_grad = shift(slice.last_grad, chunk.begin * item.last_grad_bytes);
         for (void*& state : slice.state) state = shift(state, chunk.begin * arithmetic_bytes(item.type));
         for (void*& trace : slice.trace) trace = shift(trace, chunk.begin * arithmetic_bytes(item.type));
+        for (void*& grad : slice.grad_state) grad = shift(grad, chunk.begin * arithmetic_bytes(item.type));
+        for (void*& grad : slice.grad_input) grad = shift(grad, chunk.begin * arithmetic_bytes(item.type));
         slice.count = chunk.count;
         kernel(item, slice, std::size_t(c));
       }
@@ -423,31 +425,52 @@ void update_cpu(const Rule& rule, at::TensorList params, at::TensorList grads, a
   batch.finish();
 }
 
-void backward_cpu(const Rule& rule, at::TensorList grad_params, at::TensorList params, at::TensorList grads,
-                  at::TensorList state, const double* hyper, double step, double* sums) {
+namespace {
+
+// d loss / d hyper of one step by `kernel`, which may write to `grad_inputs`, too.
+void differentiate(const Rule& rule, SumKernel StepKernels::* kernel, at::TensorList grad_params,
+                   at::TensorList grad_state, const Inputs& inputs, at::TensorList grad_inputs, double* sums) {
   const LearnedSet& all = rule.sets.back();
-  const std::size_t n = params.size(), hypers = rule.hypers.size();
+  const std::size_t n = inputs.params.size(), states = rule.state.size(), hypers = rule.hypers.size();
   Batch batch(n);
   for (std::size_t i = 0; i < n; ++i) {
+    const at::Tensor& param = inputs.params[i];
     Item item{};
-    item.type = scalar_type(params[i]);
+    item.type = scalar_type(param);
     item.last_grad_bytes = param_bytes(item.type);
-    item.slice.count = params[i].numel();
-    item.slice.last_param = batch.elements(params[i], params[i], false);
-    item.slice.last_grad = batch.elements(params[i], grads[i], false);
-    item.slice.grad = batch.elements(params[i], grad_params[i], false);
-    for (std::size_t k = 0; k < rule.state.size(); ++k)
-      item.slice.state[k] = batch.elements(params[i], state[k * n + i], false);
+    item.slice.count = param.numel();
+    item.slice.last_param = batch.elements(param, param, false);
+    item.slice.last_grad = batch.elements(param, inputs.grads[i], false);
+    item.slice.grad = batch.elements(param, grad_params[i], false);
+    for (std::size_t k = 0; k < states; ++k) {
+      item.slice.state[k] = batch.elements(param, inputs.state[k * n + i], false);
+      if (!grad_state.empty()) item.slice.grad_state[k] = batch.elements(param, grad_state[k * n + i], false);
+    }
+    if (!grad_inputs.empty())
+      for (std::size_t k = 0; k < 2 + states; ++k)
+        item.slice.grad_input[k] = batch.elements(param, grad_inputs[k * n + i], true);
     item.slice.scale = 1.0;
-    item.prepared = batch.prepared(all.cpu[item.type].prepare_dual, hyper, step);
+    item.prepared = batch.prepared(all.cpu[item.type].prepare_dual, inputs.hyper, inputs.step);
     batch.add(item);
   }
   std::vector<double> partial(batch.chunks() * hypers, 0.0);
   batch.run([&](const Item& item, const Slice& slice, std::size_t chunk) {
-    rule.cpu[item.type].backward(slice, item.prepared, partial.data() + chunk * hypers);
+    (rule.cpu[item.type].*kernel)(slice, item.prepared, partial.data() + chunk * hypers);
   });
+  batch.finish();
   for (std::size_t chunk = 0; chunk < batch.chunks(); ++chunk)
     for (std::size_t k = 0; k < hypers; ++k) sums[k] += partial[chunk * hypers + k];
+}
+
+}  // namespace
+
+void backward_cpu(const Rule& rule, at::TensorList grad_params, const Inputs& inputs, double* sums) {
+  differentiate(rule, &StepKernels::backward, grad_params, {}, inputs, {}, sums);
+}
+
+void vjp_cpu(const Rule& rule, at::TensorList grad_params, at::TensorList grad_state, const Inputs& inputs,
+             at::TensorList grad_inputs, double* sums) {
+  differentiate(rule, &StepKernels::vjp, grad_params, grad_state, inputs, grad_inputs, sums);
 }
 
 }  // namespace hyperopt_ext

@@ -49,8 +49,19 @@ void settle_cpu(const Rule& rule, const Pass& pass);
 void update_cpu(const Rule& rule, at::TensorList params, at::TensorList grads, at::TensorList state,
                 const double* hyper, double step);
 
-// sums [hypers] += d <grad_params, updated params> / d hyper, from the inputs of a step.
-void backward_cpu(const Rule& rule, at::TensorList grad_params, at::TensorList params, at::TensorList grads,
-                  at::TensorList state, const double* hyper, double step, double* sums);
+// The inputs of one step, as update_cpu takes them.
+struct Inputs {
+  at::TensorList params, grads, state;
+  const double* hyper;
+  double step;
+};
+
+// sums [hypers] += d <grad_params, updated params> / d hyper.
+void backward_cpu(const Rule& rule, at::TensorList grad_params, const Inputs& inputs, double* sums);
+
+// The same for <grad_params, updated params> + <grad_state, updated state>, and what it is with respect to each
+// parameter, gradient and state: grad_inputs, in this order, in the arithmetic type of the parameters.
+void vjp_cpu(const Rule& rule, at::TensorList grad_params, at::TensorList grad_state, const Inputs& inputs,
+             at::TensorList grad_inputs, double* sums);
 
 }  // namespace hyperopt_ext

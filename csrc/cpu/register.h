@@ -18,7 +18,7 @@ constexpr Mask set_at(std::size_t i) {
 
 template <class R, class T>
 constexpr StepKernels step_kernels() {
-  return {prepare<R, T, 0>, settle<R, T>, hypergradient<R, T, kAllHypers<R>, true>};
+  return {prepare<R, T, 0>, settle<R, T>, hypergradient<R, T, kAllHypers<R>, true>, vjp<R, T>};
 }
 
 template <class R, class T, Mask S>

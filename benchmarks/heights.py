@@ -9,8 +9,8 @@ step size at every level, from 1e-6 to 10. Height 0 has nothing above the optimi
     plain          this library with that package's conventions (``hx.compat.gdtuo``)
     safeguards     this library with what keeps a tower in bounds: see :func:`safeguarded`
 
-Beside them, over the same step sizes, ``hx.auto`` and what others offer to those who do not know the right one:
-Prodigy, whose first estimate is that step size, and schedule-free AdamW, whose lr it is.
+Beside them, over the same step sizes, ``hx.auto``, also without one, and what others offer to those who do not know the
+right one: Prodigy, whose first estimate is that step size, and schedule-free AdamW, whose lr it is.
 """
 
 from __future__ import annotations
@@ -41,10 +41,16 @@ SERIES = {
 }
 OTHERS = {
     "hx.auto": 'hx.auto(params, base="{base}", lr={lr})',
+    "hx.auto, no lr given": 'hx.auto(params, base="{base}")',
     "Prodigy": "prodigyopt.Prodigy(params, d0={lr})",
     "schedule-free AdamW": "schedulefree.AdamWScheduleFree(params, lr={lr})",
 }
-STYLES = {"hx.auto": ("C3", "--"), "Prodigy": ("C2", ":"), "schedule-free AdamW": ("C1", "-.")}
+STYLES = {
+    "hx.auto": ("C3", "--"),
+    "hx.auto, no lr given": ("C4", ":"),
+    "Prodigy": ("C2", ":"),
+    "schedule-free AdamW": ("C1", "-."),
+}
 NEAR = 1.0  # points of test error
 
 

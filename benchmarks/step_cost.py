@@ -30,6 +30,8 @@ from torch import Tensor
 import hyperopt_ext as hx
 
 TINY = hx.SGD(lr=1e-14)  # the sums that it multiplies grow with the number of elements
+# What hx.auto does, at an lr that stays.
+AS_AUTO = hx.Adam(learn="lr", space={"lr": "log"}, normalize=True, horizon=(125, 0.25), trust=0.03)
 
 MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 
@@ -42,6 +44,7 @@ FAMILIES: dict[str, dict[str, MakeOptimizer]] = {
         "hx Adam": lambda p: hx.HyperOptimizer(p, hx.Adam()),
         "hx Adam^lr/SGD": lambda p: hx.HyperOptimizer(p, hx.Adam(learn="lr") / TINY),
         "hx Adam/SGD": lambda p: hx.HyperOptimizer(p, hx.Adam() / TINY),
+        "as hx.auto": lambda p: hx.HyperOptimizer(p, AS_AUTO / TINY),
     },
     "SGD": {
         "torch fused SGD": lambda p: torch.optim.SGD(p, fused=True),
@@ -62,12 +65,15 @@ COLORS = {
     "hx Adam^lr/SGD": "C1",
     "hx Adam/SGD": "C2",
     "hx SGD/SGD": "C2",
+    "as hx.auto": "C3",
+    "hx.auto": "C3",
 }
 
 TRAINING_STEP: dict[str, MakeOptimizer] = {
     "torch fused Adam": lambda p: torch.optim.Adam(p, fused=True),
     "hx Adam^lr/SGD": lambda p: hx.HyperOptimizer(p, hx.Adam(learn="lr") / hx.SGD(lr=1e-7)),
     "hx Adam/SGD": lambda p: hx.HyperOptimizer(p, hx.Adam() / hx.SGD(lr=1e-7)),
+    "hx.auto": lambda p: hx.auto(p),
 }
 
 CASES: dict[str, Sequence[tuple[int, ...]]] = {

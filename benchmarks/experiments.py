@@ -40,6 +40,8 @@ WINDOW = 100  # steps that the last loss is the mean of
 EXTRAS = ("gradient-descent-the-ultimate-optimizer", "prodigyopt", "schedulefree")
 
 Result = dict[str, Any]
+AnyRun = Any  # a frozen dataclass of what JSON has: a Run, or one that names another training problem
+Train = Callable[[AnyRun, Data], Result]
 
 
 @dataclass(frozen=True)
@@ -213,12 +215,12 @@ def _start_worker(folder: Path) -> None:
     _data = mnist(folder)
 
 
-def _work(run: Run) -> Result:
+def _work(train: Train, run: AnyRun) -> Result:
     return train(run, _data)
 
 
-def _key(run: Run) -> str:
-    return json.dumps(asdict(run), sort_keys=True)
+def _key(run: dict[str, Any]) -> str:
+    return json.dumps(run, sort_keys=True)
 
 
 class Log:
@@ -231,25 +233,27 @@ class Log:
         for line in text.splitlines():
             try:
                 entry = json.loads(line)
-                self.results[_key(Run(**entry["run"]))] = entry["result"]
+                self.results[_key(entry["run"])] = entry["result"]
             except (ValueError, TypeError, KeyError):
                 continue
         if text and not text.endswith("\n"):
             path.write_text(text + "\n")
 
-    def add(self, run: Run, result: Result) -> None:
-        self.results[_key(run)] = result
+    def add(self, run: AnyRun, result: Result) -> None:
+        self.results[_key(asdict(run))] = result
         with self.path.open("a") as file:
             file.write(json.dumps({"run": asdict(run), "result": result}) + "\n")
 
-    def __contains__(self, run: Run) -> bool:
-        return _key(run) in self.results
+    def __contains__(self, run: AnyRun) -> bool:
+        return _key(asdict(run)) in self.results
 
-    def __getitem__(self, run: Run) -> Result:
-        return self.results[_key(run)]
+    def __getitem__(self, run: AnyRun) -> Result:
+        return self.results[_key(asdict(run))]
 
 
-def sweep(name: str, runs: Iterable[Run], options: argparse.Namespace) -> Callable[[Run], Result]:
+def sweep(
+    name: str, runs: Iterable[AnyRun], options: argparse.Namespace, train: Train = train
+) -> Callable[[AnyRun], Result]:
     """Trains all runs, several at a time, that OUT/NAME.jsonl does not have. Returns the result of each run."""
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
@@ -260,7 +264,7 @@ def sweep(name: str, runs: Iterable[Run], options: argparse.Namespace) -> Callab
     pool = ProcessPoolExecutor(options.jobs, get_context("spawn"), _start_worker, (options.data,))
     with progress, pool:
         task = progress.add_task(name, total=len(todo), completed=len(todo) - len(missing))
-        futures = {pool.submit(_work, run): run for run in missing}
+        futures = {pool.submit(_work, train, run): run for run in missing}
         try:
             for future in as_completed(futures):
                 log.add(futures[future], future.result())

@@ -238,19 +238,25 @@ class HyperOptimizer(Optimizer):
         return stack
 
     def hyperparameters(self, group: int = 0) -> list[dict[str, Tensor]]:
-        """The current values in a param group, one dict a level, level 0 first: live float64 0-d tensors."""
+        """The current values in a param group, one dict a level, level 0 first: live float64 tensors.
+
+        They have no dimension, or, of a level with ``granularity="tensor"``, one number for each parameter.
+        """
         return [dict(level) for level in self._groups[group].hyperparameters]
 
     def skipped_steps(self, group: int = 0) -> Tensor:
-        """How many steps changed nothing, because a gradient was not finite: float64, no dimension, live."""
+        """How many steps changed nothing, because a number was not finite: live, float64, 0-d, or one a tensor."""
         return self._groups[group].count(_C.SKIPPED)
 
     def held_steps(self, group: int = 0) -> Tensor:
-        """How many steps left the tower as it was, because a hypergradient was not finite: float64, 0-d, live."""
+        """How many steps left the tower alone, because a hypergradient was not finite: as :meth:`skipped_steps`."""
         return self._groups[group].count(_C.HELD)
 
     def bounded_steps(self, group: int = 0) -> list[dict[str, Tensor]]:
-        """How many moves of each hyperparameter ``bounds``, ``growth`` or ``trust`` cut, one dict a level: live."""
+        """How many moves of each hyperparameter were cut, one dict a level: live.
+
+        By ``bounds``, those that are there by default included, by ``growth`` or by ``trust``.
+        """
         return [dict(level) for level in self._groups[group].bounded]
 
     @overload

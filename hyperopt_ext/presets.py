@@ -52,23 +52,38 @@ def auto(
     Args:
         params: as :class:`HyperOptimizer` takes them.
         base: ``"adam"``, ``"adamw"`` or ``"sgd"``, the last with Nesterov's momentum. Default: ``"adam"``.
-        lr: the first lr, > 0. Default: ``None``, the largest that the first step allows.
+        lr: the first lr, > 0. Default: ``None``, the largest that the first step allows; until then a number beyond
+            all bounds.
         maximize, nonfinite: as in :class:`HyperOptimizer`.
         arguments: of the base level, in the place of those above: ``weight_decay=0.1``, ``betas=(0.9, 0.999)``, ...
+
+    Of the schedulers of ``torch.optim.lr_scheduler``, those fit that multiply the present lr (``ExponentialLR``,
+    ``StepLR``, ``CosineAnnealingLR``, ...). ``LambdaLR`` and warm restarts write the first lr back, and nothing is
+    learned.
 
     Raises:
         ValueError: an unknown ``base``, or a value out of its range.
         TypeError: an unknown argument.
     """
-    if base not in _BASES:
+    if isinstance(base, int | float):
+        raise TypeError(f"auto: base must be one of {', '.join(map(repr, _BASES))}, not {base!r}; write lr={base!r}")
+    if str(base).lower() not in _BASES:
         raise ValueError(f"auto: base is {base!r}, but the bases are {', '.join(map(repr, _BASES))}")
     if lr is not None and (isinstance(lr, bool) or not isinstance(lr, int | float)):
         raise TypeError(f"auto: lr must be a number or None, not {lr!r}")
     if lr is not None and not lr > 0:
         raise ValueError(f"auto: lr must be greater than 0, since its logarithm is learned, not {lr!r}")
-    first = {} if lr is None else {"lr": lr}
-    level = _BASES[base].replace(**first, **arguments)
-    return HyperOptimizer(params, level / _ABOVE[base], maximize=maximize, nonfinite=nonfinite)
+    name = str(base).lower()
+    level = _BASES[name].replace(**({} if lr is None else {"lr": lr}), **_within_bounds(lr, arguments))
+    if lr is None and level.trust is None:
+        raise ValueError("auto: without trust, nothing sets the first lr; give one, as lr=1e-3")
+    return HyperOptimizer(params, level / _ABOVE[name], maximize=maximize, nonfinite=nonfinite)
+
+
+def _within_bounds(lr: float | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, and the largest lr that their bounds allow if none was given."""
+    bounds = (arguments.get("bounds") or {}).get("lr")
+    return {**arguments, "lr": bounds[1]} if lr is None and bounds is not None else arguments
 
 
 def sgd_hd(lr: float, hyper_lr: float = 1e-6) -> Stack:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, MISSING, Field, dataclass, field, fields, replace
+from difflib import get_close_matches
 from itertools import pairwise
 from typing import Any, ClassVar, TypeGuard
 
@@ -76,8 +77,11 @@ class Level:
             first step on. Parameters whose root mean square is below 1e-3 count as if it were that, so that zeros can
             move (as in Adafactor: Shazeer & Stern, ICML 2018). Costs a third pass, which only reads. Default: None.
         burn_in: first steps in which this level is not tuned, >= 0. Default: 0.
-        converge: ``(limit, steps)``: the lr in use is d(t) lr + (1 - d(t)) limit, d(t) = 1 / (1 + (t / steps)²), a
-            convergent step size (Baydin et al., ICLR 2018, section 5). Default: None.
+        converge: ``(limit, steps)``: the lr in use is d(t) lr + (1 - d(t)) limit with d(t) = 1 / (1 + (t / steps)²),
+            halfway after ``steps``: a convergent step size (Baydin et al., ICLR 2018, section 5). The learned lr is
+            what :meth:`HyperOptimizer.hyperparameters` shows. Default: None.
+
+    Without a level above, ``trust`` and ``converge`` still hold; all else that concerns learning does nothing.
 
     Raises:
         ValueError: a value out of its range or not finite, or an unknown name.
@@ -128,10 +132,13 @@ class Level:
         return {h["name"]: getattr(self, h["name"]) for h in RULES[self.rule]["hypers"]}
 
     def __new__(cls, *args: Any, **arguments: Any) -> Level:
-        known = [f.name for f in fields(cls)]
+        every = {f.name for f in fields(Level)}
+        known = sorted((f.name for f in fields(cls)), key=lambda name: name in every)  # the method's own come first
         for name in arguments:
             if name not in known:
-                raise TypeError(f"{cls.__name__} has no argument {name!r}; its arguments are {', '.join(known)}")
+                close = get_close_matches(name, known, 1)
+                hint = f" (is it {close[0]}?)" if close else ""
+                raise TypeError(f"{cls.__name__} has no argument {name!r}{hint}; its arguments are {', '.join(known)}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -157,7 +164,7 @@ class Level:
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and low < value < math.inf):
                 raise ValueError(f"{me}: {name} must be None or a number greater than {low:g}, not {value!r}")
-        if isinstance(self.horizon, Sequence):
+        if isinstance(self.horizon, list):
             object.__setattr__(self, "horizon", tuple(self.horizon))
         horizon = self.horizon if isinstance(self.horizon, tuple) else (self.horizon,)
         steps, part = (horizon or (None,))[0], horizon[1:]
@@ -195,6 +202,10 @@ class Level:
         if name in self.learn_names and not _RANGES[space][0] <= value <= _RANGES[space][1]:
             raise ValueError(
                 f"{me}: {name} = {value!r} does not exist in the coordinate {space!r}; choose another space"
+            )
+        if name in self.learn_names and value == 0 and space in ("log", "multiplicative"):
+            raise ValueError(
+                f"{me}: {name} = 0 cannot be left in the coordinate {space!r}; start from more, or choose another space"
             )
         bounds = self.bounds.get(name, (low, high))
         pair = isinstance(bounds, Sequence) and len(bounds) == 2 and all(isinstance(b, int | float) for b in bounds)

@@ -58,7 +58,21 @@ def param(*shape, **kw):
         (lambda: hx.Adam(initial_state={"momentum_buffer": 1.0}), ValueError, "initial_state names"),
         (lambda: hx.Adam(space={"lr": "ln"}), ValueError, "linear, log, square, softplus, tanh, multiplicative"),
         (lambda: hx.SGD(lr=0.0, space={"lr": "ln"}), ValueError, "but the coordinates are linear"),
-        (lambda: hx.Adam(clipping=1.0), TypeError, "Adam has no argument 'clipping'; its arguments are .*clip, growth"),
+        (
+            lambda: hx.SGD(lr=0.0, learn="lr", space={"lr": "log"}),
+            ValueError,
+            "lr = 0 cannot be left in the coordinate 'log'",
+        ),
+        (
+            lambda: hx.Adam(weigth_decay=0.1),
+            TypeError,
+            "no argument 'weigth_decay' .is it weight_decay..; its arguments are lr",
+        ),
+        (
+            lambda: hx.Adam(clipping=1.0),
+            TypeError,
+            "Adam has no argument 'clipping' .is it clip..; its arguments are .*clip, growth",
+        ),
         (lambda: hx.Adam(1e-3, gamma=1.0), TypeError, "Adam has no argument 'gamma'"),
         (lambda: hx.Adam(clip=0.0), ValueError, "Adam: clip must be None or a number greater than 0"),
         (lambda: hx.Adam(clip="1"), ValueError, "Adam: clip must be"),

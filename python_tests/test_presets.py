@@ -61,6 +61,11 @@ def test_nothing_happens_where_there_is_nothing_to_learn(base):
     assert opt.skipped_steps() == opt.held_steps() == 0
 
 
+def test_bounds_hold_for_the_first_lr():
+    opt = hx.auto([torch.nn.Parameter(torch.ones(2))], "AdamW", bounds={"lr": (1e-5, 1e-2)})
+    assert opt.param_groups[0]["lr"] == 1e-2
+
+
 def test_the_first_step_sets_lr():
     problem = Regression(3)
     opt = hx.auto(problem.model.parameters(), "sgd", weight_decay=0.1)
@@ -74,10 +79,12 @@ def test_the_first_step_sets_lr():
     ("make", "error", "words"),
     [
         (lambda p: hx.auto(p, "rprop"), ValueError, "auto: base is 'rprop', but the bases are 'adam', 'adamw', 'sgd'"),
+        (lambda p: hx.auto(p, 1e-3), TypeError, "auto: base must be one of .*; write lr=0.001"),
+        (lambda p: hx.auto(p, trust=None), ValueError, "auto: without trust, nothing sets the first lr; give one"),
         (lambda p: hx.auto(p, lr=0.0), ValueError, "auto: lr must be greater than 0"),
         (lambda p: hx.auto(p, lr=-1.0), ValueError, "auto: lr must be greater than 0"),
         (lambda p: hx.auto(p, lr="fast"), TypeError, "auto: lr must be a number"),
-        (lambda p: hx.auto(p, momentum=0.9), TypeError, "Adam has no argument 'momentum'; its arguments are "),
+        (lambda p: hx.auto(p, momentum=0.9), TypeError, "Adam has no argument 'momentum'; its arguments are lr, betas"),
     ],
 )
 def test_clear_errors(make, error, words):

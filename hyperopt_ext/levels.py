@@ -57,8 +57,8 @@ class Adagrad(Level):
         weight_decay: coupled weight decay (L2 penalty), >= 0. Default: 0.
         initial_accumulator_value: what the sum starts from, >= 0. Default: 0.
         eps: added to the denominator, outside the root, >= 0. Default: 1e-10.
-        eps_root: added to the sum, inside the root, >= 0; torch has none. Default: 0, which cannot be left in the
-            coordinate log: start from more, or in another one, to learn it.
+        eps_root: added to the sum, inside the root, >= 0; torch has none. Default: 0; to learn it, start from more,
+            or in another coordinate than log.
         learn, space, bounds, ...: see :class:`Level`. Learned by default: lr.
 
     State per parameter: ``sum``.
@@ -125,8 +125,8 @@ class RMSprop(Level):
         momentum: factor of the momentum buffer, in [0, 1). Default: 0, without a buffer.
         centered: divide by the root of an estimate of the gradient's variance instead of its second moment (Graves,
             arXiv:1308.0850). An estimate below 0, which rounding can make, counts as 0. Default: False.
-        eps_root: added to what the root is taken of, >= 0; torch has none. Default: 0, which cannot be left in the
-            coordinate log: start from more, or in another one, to learn it.
+        eps_root: added to what the root is taken of, >= 0; torch has none. Default: 0; to learn it, start from more,
+            or in another coordinate than log.
         learn, space, bounds, ...: see :class:`Level`. Learned by default: lr and alpha.
 
     State per parameter: ``square_avg``, ``grad_avg`` if centered, and ``momentum_buffer`` if there is momentum.

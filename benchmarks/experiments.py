@@ -89,11 +89,11 @@ class Trainer:
         if switch is not None:
             switch()
 
-    def hyperparameters(self) -> list[dict[str, float]]:
-        """The present values, one dict a level."""
+    def hyperparameters(self) -> list[dict[str, Any]]:
+        """The present values, one dict a level; a list where each tensor has its own."""
         if isinstance(self.optimizer, hx.HyperOptimizer):
             levels = self.optimizer.hyperparameters()
-            return [{name: float(value) for name, value in level.items()} for level in levels]
+            return [{name: value.tolist() for name, value in level.items()} for level in levels]
         [group] = self.optimizer.param_groups
         return [{name: float(group[name]) for name in ("lr", "d") if name in group}]
 

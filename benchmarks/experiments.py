@@ -280,21 +280,15 @@ def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
-def options(description: str | None, epochs: int, seeds: int) -> argparse.ArgumentParser:
-    """The options that every experiment has; a parent for its own parser."""
-    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
+def options(description: str | None, seeds: int, epochs: int | None = None) -> argparse.ArgumentParser:
+    """The options that every experiment has, with --epochs unless it has none of its own to set."""
+    summary = (description or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(description=summary, parents=[harness.common_options()])
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="MNIST as .gz files")
-    parser.add_argument("--epochs", type=int, default=epochs, metavar="N", help=f"of each run; default: {epochs}")
+    if epochs is not None:
+        parser.add_argument("--epochs", type=int, default=epochs, metavar="N", help=f"of each run; default: {epochs}")
     parser.add_argument("--seeds", type=int, default=seeds, metavar="N", help=f"how many; default: {seeds}")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes; default: the cores")
-    parser.add_argument("--quick", action="store_true", help="a small selection, to see that it works")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path(__file__).parent / "results",
-        metavar="FOLDER",
-        help="where the JSON and the PNG go (default: results, next to the script)",
-    )
     return parser
 
 
@@ -310,5 +304,6 @@ def _finite(value: Any) -> Any:
 def save(name: str, options: argparse.Namespace, rows: list[dict[str, Any]], figure: Figure) -> None:
     """Writes OUT/NAME.json and OUT/NAME.png."""
     versions = {name: importlib.metadata.version(name) for name in EXTRAS}
-    settings = {"epochs": options.epochs, "seeds": options.seeds, "batch": BATCH, "packages": versions}
+    settings = {"epochs": options.epochs, "batch": BATCH} if "epochs" in options else {}
+    settings |= {"seeds": options.seeds, "packages": versions}
     harness.save(name, {**settings, "rows": _finite(rows)}, figure, options.out)

@@ -149,8 +149,7 @@ def _cpu_model() -> str:
 def common_options() -> argparse.ArgumentParser:
     """The options that every script has; a parent for its own parser."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--rounds", type=int, help="how often each contender is timed")
-    parser.add_argument("--quick", action="store_true", help="a small selection in few rounds, to see that it works")
+    parser.add_argument("--quick", action="store_true", help="a small selection, to see that it works")
     parser.add_argument(
         "--out",
         type=Path,
@@ -158,6 +157,13 @@ def common_options() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="where the JSON and the PNG go (default: results, next to the script)",
     )
+    return parser
+
+
+def timing_options() -> argparse.ArgumentParser:
+    """The same, and those of scripts that time."""
+    parser = argparse.ArgumentParser(add_help=False, parents=[common_options()])
+    parser.add_argument("--rounds", type=int, help="how often each contender is timed")
     return parser
 
 

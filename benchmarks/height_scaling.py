@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from autograd_tower import AutogradTower
 from gradient_descent_the_ultimate_optimizer import gdtuo
-from harness import Contender, common_options, describe_machine, fit_line, format_seconds, interleave, median, save
+from harness import Contender, describe_machine, fit_line, format_seconds, interleave, median, save, timing_options
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
@@ -218,7 +218,7 @@ def draw(rows: Sequence[dict[str, Any]], lines: dict[str, dict[str, float]]) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], parents=[common_options()])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], parents=[timing_options()])
     parser.add_argument("--heights", nargs="+", type=int, metavar="N", help=f"default: {' '.join(map(str, HEIGHTS))}")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: 1")
     options = parser.parse_args()

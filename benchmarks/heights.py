@@ -180,7 +180,7 @@ def draw(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> Figure:
 
 
 def main() -> None:
-    parser = options(__doc__, epochs=3, seeds=2)
+    parser = options(__doc__, seeds=2, epochs=3)
     names = [*SERIES, *OTHERS]
     parser.add_argument("--series", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     chosen = parser.parse_args()

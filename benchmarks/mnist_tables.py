@@ -301,7 +301,7 @@ def draw(entries: list[dict[str, Any]], options: argparse.Namespace) -> Figure:
 
 
 def main() -> None:
-    chosen = options(__doc__, epochs=5, seeds=3).parse_args()
+    chosen = options(__doc__, seeds=3, epochs=5).parse_args()
     entries = collect(chosen)
     console = Console()
     console.print(describe_machine(), highlight=False)

@@ -150,7 +150,7 @@ def draw(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> Figure:
 
 
 def main() -> None:
-    parser = options(__doc__, epochs=8, seeds=1)
+    parser = options(__doc__, seeds=1, epochs=8)
     parser.add_argument(
         "--model", default="128 relu 128 relu 10", help="widths and activations; default: 128 relu 128 relu 10"
     )

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import Contender, common_options, describe_machine, format_seconds, interleave, median, save
+from harness import Contender, describe_machine, format_seconds, interleave, median, save, timing_options
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -220,7 +220,7 @@ def draw_panel(ax: Axes, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], parents=[common_options()])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], parents=[timing_options()])
     known = [*CASES, "training-step"]
     parser.add_argument("--cases", nargs="+", choices=known, metavar="CASE", help=f"some of {', '.join(known)}")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], metavar="N", help="default: 1 2")

@@ -108,8 +108,7 @@ void check_inputs(const Rule& rule, TensorList params, TensorList grads, TensorL
     TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16, "params[",
                      i, "] must be float32, float64, float16 or bfloat16, not ", type);
     fits("grads", grads[i], type);
-    for (std::size_t k = 0; k < rule.state.size(); ++k)
-      fits("state", state[k * n + i], type == at::kDouble ? at::kDouble : at::kFloat);
+    for (std::size_t k = 0; k < rule.state.size(); ++k) fits("state", state[k * n + i], arithmetic(type));
   }
 }
 
@@ -156,15 +155,11 @@ std::vector<double> values_of(TensorList tensors) {
   return values;
 }
 
-at::ScalarType arithmetic(const Tensor& param) {
-  return param.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 // What R_vjp returns, not yet filled: a tensor for each parameter, gradient and state, and one for the hyperparameters.
 std::vector<Tensor> new_vjp(const Rule& rule, TensorList params, TensorList hyper) {
   std::vector<Tensor> outputs;
   for (std::size_t k = 0; k < 2 + rule.state.size(); ++k)
-    for (const Tensor& p : params) outputs.push_back(at::empty_like(p, p.options().dtype(arithmetic(p))));
+    for (const Tensor& p : params) outputs.push_back(at::empty_like(p, p.options().dtype(arithmetic(p.scalar_type()))));
   outputs.push_back(at::zeros({std::int64_t(hyper.size())}, hyper[0].options().dtype(at::kDouble)));
   return outputs;
 }

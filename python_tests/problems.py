@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+import pytest
 import torch
 from torch import Tensor
 from torch.func import functional_call
@@ -50,3 +51,12 @@ def float64_by_default():
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def assert_same(params, hyper, expected_params, expected_hyper, tolerance=1e-9):
+    """Parameters, and the values of every level: a number, or a list where each tensor has its own."""
+    for p, q in zip(params, expected_params, strict=True):
+        assert relative_error(p.detach(), q.detach()) <= tolerance
+    for level, expected in zip(hyper, expected_hyper, strict=True):
+        for name, value in expected.items():
+            assert level[name].tolist() == pytest.approx(value, rel=tolerance, abs=1e-300), name

@@ -375,9 +375,14 @@ class TranscribedTower:
                 s.h["lr"] = s.used["lr"]
                 s.x["lr"] = COORDINATES[s.spaces["lr"]][1](s.h["lr"])
 
-    def hyperparameters(self) -> list[dict[str, list[float]]]:
-        """Of each level, each hyperparameter's values: one, or one for each tensor."""
-        return [{name: [s.h[name].item() for s in sets] for name in sets[0].h} for sets in self.levels]
+    def hyperparameters(self) -> list[dict[str, float | list[float]]]:
+        """Of each level, each hyperparameter's value, or a list where each tensor has its own."""
+        return [self._of(sets, lambda s, name: s.h[name].item()) for sets in self.levels]
 
-    def bounded(self) -> list[dict[str, list[int]]]:
-        return [{name: [s.bounded[name] for s in sets] for name in sets[0].h} for sets in self.levels]
+    def bounded(self) -> list[dict[str, float | list[float]]]:
+        return [self._of(sets, lambda s, name: float(s.bounded[name])) for sets in self.levels]
+
+    @staticmethod
+    def _of(sets: list[_Set], value: Callable[[_Set, str], float]) -> dict[str, float | list[float]]:
+        own = sets[0].level.granularity == "tensor"
+        return {name: [value(s, name) for s in sets] if own else value(sets[0], name) for name in sets[0].h}

@@ -9,7 +9,7 @@ import torch
 from cases import CASES, level_of, safeguarded_stacks
 from gradient_descent_the_ultimate_optimizer import gdtuo as package
 from hypothesis import given
-from problems import Regression, float64_by_default, relative_error
+from problems import Regression, assert_same, float64_by_default, relative_error
 from reference import TWINS, TranscribedTower
 
 import hyperopt_ext as hx
@@ -19,21 +19,15 @@ from hyperopt_ext.compat import gdtuo
 STEPS = 15
 
 
-def assert_equals_transcription(stack, steps=STEPS, tolerance=1e-9):
+def assert_equals_transcription(stack, steps=STEPS):
     problem = Regression(steps)
     reference = TranscribedTower(problem.model.parameters(), stack)
     opt = hx.HyperOptimizer(problem.model.parameters(), stack)
     for i in range(steps):
         reference.step(lambda params, i=i: problem.loss_of(i, params))
         problem.train(opt, range(i, i + 1))
-    for p, q in zip(problem.model.parameters(), reference.params, strict=True):
-        assert relative_error(p.detach(), q) <= tolerance
-    for level, expected in zip(opt.hyperparameters(), reference.hyperparameters(), strict=True):
-        for name, values in expected.items():
-            assert level[name].flatten().tolist() == pytest.approx(values, rel=tolerance, abs=1e-300), name
-    for level, expected in zip(opt.bounded_steps(), reference.bounded(), strict=True):
-        for name, counts in expected.items():
-            assert level[name].flatten().tolist() == counts, name
+    assert_same(problem.model.parameters(), opt.hyperparameters(), reference.params, reference.hyperparameters())
+    assert [{k: v.tolist() for k, v in level.items()} for level in opt.bounded_steps()] == reference.bounded()
 
 
 @given(stack=safeguarded_stacks())

@@ -11,21 +11,13 @@ from cases import CASES, stacks
 from gradient_descent_the_ultimate_optimizer import gdtuo as package
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import Regression, float64_by_default, relative_error
+from problems import Regression, assert_same, float64_by_default, relative_error
 from reference import ReferenceTower
 
 import hyperopt_ext as hx
 from hyperopt_ext.compat import gdtuo
 
 STEPS = 60
-
-
-def assert_same(params, hyper, expected_params, expected_hyper, tolerance=1e-9):
-    for p, q in zip(params, expected_params, strict=True):
-        assert relative_error(p.detach(), q.detach()) <= tolerance
-    for level, expected in zip(hyper, expected_hyper, strict=True):
-        for name, value in expected.items():
-            assert level[name].item() == pytest.approx(value, rel=tolerance, abs=1e-300), name
 
 
 @given(stack=stacks())

@@ -15,6 +15,11 @@
 #include "vectors.h"
 
 namespace hyperopt_ext {
+
+at::ScalarType arithmetic(at::ScalarType type) {
+  return type == at::kDouble ? at::kDouble : at::kFloat;
+}
+
 namespace {
 
 // Elements of a chunk. The chunks, and so the order of the sums, do not depend on the number of threads.
@@ -38,10 +43,6 @@ std::int64_t param_bytes(ScalarType type) {
 
 std::int64_t arithmetic_bytes(ScalarType type) {
   return type == kDouble ? 8 : 4;
-}
-
-at::ScalarType arithmetic(at::ScalarType type) {
-  return type == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 void* shift(void* start, std::int64_t bytes) {

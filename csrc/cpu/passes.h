@@ -7,6 +7,9 @@
 
 namespace hyperopt_ext {
 
+// The type in which parameters of a type are updated, which is that of their state.
+at::ScalarType arithmetic(at::ScalarType type);
+
 // What one pass works on; every list is in the order of `params`.
 struct Pass {
   at::TensorList params;  // n tensors, any strides, fp32, fp64, fp16 or bf16

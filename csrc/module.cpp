@@ -9,7 +9,7 @@ namespace {
 
 namespace py = pybind11;
 
-// [levels][kPlanColumns], flattened.
+// As tower.h lays it out, flattened.
 using Plan = std::vector<std::int64_t>;
 
 int levels(const Plan& plan) {
@@ -67,6 +67,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return names;
       },
       "The per-parameter tensors that a rule keeps of its last steps, in the order of the operators' `record`.");
+  m.attr("PLAN") = std::vector<std::string>{"rule",     "learn", "coordinates", "hypers",   "states", "lr",
+                                            "built_in", "moved", "start",       "gradient", "bounds"};
+  m.def(
+      "tower_plan", tower_plan,
+      "The plan of a tower, kPlanColumns numbers a level, from the rule, the learned set and the coordinates of each.");
   m.def(
       "tower_row",
       [](const Plan& plan, const std::vector<double>& values, const std::vector<double>& state) {
@@ -79,8 +84,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "tower_offsets",
       [](const Plan& plan) {
         std::vector<std::pair<std::int64_t, std::int64_t>> offsets;
-        for (const Offsets& level : tower_offsets(plan.data(), levels(plan)))
-          offsets.emplace_back(level.live, level.bounded);
+        for (int k = 0; k < levels(plan); ++k) {
+          const std::int64_t* const level = plan.data() + k * kPlanColumns;
+          double* const start = nullptr;
+          const LevelRow row(start + level[kStart], int(level[kHypers]), 0, 0);
+          offsets.emplace_back(row.live - start, row.bounded - start);
+        }
         return offsets;
       },
       "Where in a row the live and the bounded values of each level start.");

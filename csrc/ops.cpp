@@ -15,13 +15,19 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <array>
+
 #include "cpu/passes.h"
+#ifdef HX_WITH_CUDA
+#include "cuda/passes.h"
+#endif
 #include "tower.h"
 
 namespace hyperopt_ext {
@@ -42,12 +48,29 @@ void impl(const std::string& name, c10::DispatchKey key, F&& kernel) {
   library().impl(name.c_str(), torch::dispatch(key, torch::CppFunction(std::forward<F>(kernel))));
 }
 
-// A kernel for lists of CPU tensors. One sparse tensor among them makes the dispatcher look for a sparse kernel: the same
-// one, which says what is wrong.
+// The devices, each with the keys under which the dispatcher looks for its kernels: one sparse tensor in a list makes it
+// look for a sparse kernel, which is the same one and says what is wrong.
+struct Device {
+  const Backend& backend;
+  std::array<c10::DispatchKey, 3> keys;
+};
+
+const std::vector<Device>& devices() {
+  using Key = c10::DispatchKey;
+  static const std::vector<Device> all{
+      {cpu_backend, {Key::CPU, Key::SparseCPU, Key::SparseCsrCPU}},
+#ifdef HX_WITH_CUDA
+      {cuda_backend, {Key::CUDA, Key::SparseCUDA, Key::SparseCsrCUDA}},
+#endif
+  };
+  return all;
+}
+
+// Registers make(backend) for every device.
 template <class F>
-void impl_cpu(const std::string& name, const F& kernel) {
-  for (c10::DispatchKey key : {c10::DispatchKey::CPU, c10::DispatchKey::SparseCPU, c10::DispatchKey::SparseCsrCPU})
-    impl(name, key, F(kernel));
+void impl_devices(const std::string& name, F&& make) {
+  for (const Device& device : devices())
+    for (c10::DispatchKey key : device.keys) impl(name, key, make(device.backend));
 }
 
 template <class Signature>
@@ -81,7 +104,7 @@ void call(const c10::TypedOperatorHandle<OfPass<void>>& op, const Pass& p) {
           p.horizon_growth, p.scale);
 }
 
-using TowerOp = void(TensorList, TensorList, TensorList, TensorList, TensorList);
+using TowerOp = void(TensorList, TensorList, TensorList, TensorList, TensorList, at::IntArrayRef);
 using Update = std::vector<Tensor>(TensorList, TensorList, TensorList, TensorList, const Tensor&, bool);
 using Backward = Tensor(TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor&);
 using Vjp = std::vector<Tensor>(TensorList, TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor&);
@@ -112,7 +135,8 @@ void check_inputs(const Rule& rule, TensorList params, TensorList grads, TensorL
   }
 }
 
-// The arguments of tower_ and cap_, whose `sums` have a certain number of columns for the first rule of a plan.
+// The arguments of tower_ and cap_, whose `sums` have a certain number of columns for a first rule with `hypers`
+// hyperparameters. What a plan says is checked where the host can read it.
 template <class F>
 std::vector<TowerView> check_towers(TensorList towers, const char* name, TensorList sums, F&& columns_for,
                                     TensorList plans, TensorList bounds, TensorList settings) {
@@ -121,38 +145,53 @@ std::vector<TowerView> check_towers(TensorList towers, const char* name, TensorL
                     ", plans, bounds and settings must hold one tensor for each of the ", n, " towers");
   std::vector<TowerView> views;
   for (std::size_t i = 0; i < n; ++i) {
-    const auto matrix = [i](const char* name, const Tensor& t, at::ScalarType type, std::int64_t rows,
+    const auto matrix = [&](const char* name, const Tensor& t, at::ScalarType type, std::int64_t rows,
                             std::int64_t columns) {
       TORCH_CHECK_VALUE(
           t.dim() == 2 && t.is_contiguous() && t.scalar_type() == type && t.size(0) == rows && t.size(1) == columns,
           name, "[", i, "] must be a contiguous ", type, " tensor [", rows, ", ", columns, "]");
+      TORCH_CHECK_VALUE(t.device() == towers[0].device(), name, "[", i, "] is on ", t.device(),
+                        ", but the first tower is on ", towers[0].device());
     };
-    const Tensor& plan = plans[i];
+    const Tensor &tower = towers[i], &plan = plans[i];
+    TORCH_CHECK_VALUE(tower.dim() == 2, "towers[", i, "] must be a matrix");
     TORCH_CHECK_VALUE(plan.dim() == 2 && plan.size(0) > 0, "plans[", i, "] must hold a row for each level");
-    matrix("plans", plan, at::kLong, plan.size(0), kPlanColumns);
+    const std::int64_t levels = plan.size(0), rows = tower.size(0);
+    std::int64_t width = tower.size(1), hypers = bounds[i].numel() / 2, base = (sums[i].numel() / rows - 1) / 2;
+    matrix("plans", plan, at::kLong, levels, kPlanColumns);
     const std::int64_t* columns = plan.const_data_ptr<std::int64_t>();
-    std::int64_t hypers = 0;
-    for (std::int64_t k = 0; k < plan.size(0); ++k) {
-      const std::int64_t rule = columns[k * kPlanColumns + kRule];
-      TORCH_CHECK_VALUE(rule >= 0 && rule < std::int64_t(rules().size()), "plans[", i,
-                        "] names a rule that is not loaded");
-      hypers += std::int64_t(rules()[std::size_t(rule)]->hypers.size());
+    if (plan.is_cpu()) {
+      TORCH_CHECK_VALUE(is_plan(columns, int(levels)), "plans[", i, "] is not a plan of rules that are loaded");
+      const std::int64_t* const last = columns + (levels - 1) * kPlanColumns;
+      width = tower_width(columns, int(levels)), hypers = last[kBounds] + last[kHypers], base = columns[kHypers];
     }
-    const std::int64_t rows = towers[i].dim() == 2 ? towers[i].size(0) : 1;
-    matrix("towers", towers[i], at::kDouble, rows, tower_width(columns, int(plan.size(0))));
-    matrix(name, sums[i], at::kDouble, rows, columns_for(*rules()[std::size_t(columns[kRule])]));
+    matrix("towers", tower, at::kDouble, rows, width);
+    matrix(name, sums[i], at::kDouble, rows, columns_for(base));
     matrix("bounds", bounds[i], at::kDouble, hypers, 2);
-    matrix("settings", settings[i], at::kDouble, plan.size(0), kSettings);
-    views.push_back({towers[i].mutable_data_ptr<double>(), rows, towers[i].size(1), columns,
-                     bounds[i].const_data_ptr<double>(), settings[i].const_data_ptr<double>(), int(plan.size(0))});
+    matrix("settings", settings[i], at::kDouble, levels, kSettings);
+    views.push_back({tower.mutable_data_ptr<double>(), rows, width, columns, bounds[i].const_data_ptr<double>(),
+                     settings[i].const_data_ptr<double>(), int(levels), sums[i].const_data_ptr<double>(), nullptr});
   }
   return views;
 }
 
-std::vector<double> values_of(TensorList tensors) {
-  std::vector<double> values;
-  for (const Tensor& t : tensors) values.push_back(t.item<double>());
-  return values;
+// The values of the functional form in one tensor, on the device of the parameters.
+Tensor values_of(TensorList tensors, const Tensor& like) {
+  const at::TensorOptions options = like.options().dtype(at::kDouble);
+  if (like.is_cpu()) {
+    Tensor values = at::empty({std::int64_t(tensors.size())}, options);
+    for (std::size_t i = 0; i < tensors.size(); ++i)
+      values.mutable_data_ptr<double>()[i] = tensors[i].item().toDouble();
+    return values;
+  }
+  std::vector<Tensor> values;
+  for (const Tensor& t : tensors) values.push_back(t.reshape({}).to(options));
+  return at::stack(values);
+}
+
+// d loss / d hyper, to be added to; on the device of the parameters.
+Tensor new_sums(TensorList params, TensorList hyper) {
+  return at::zeros({std::int64_t(hyper.size())}, (params.empty() ? hyper : params)[0].options().dtype(at::kDouble));
 }
 
 // What R_vjp returns, not yet filled: a tensor for each parameter, gradient and state, and one for the hyperparameters.
@@ -160,7 +199,7 @@ std::vector<Tensor> new_vjp(const Rule& rule, TensorList params, TensorList hype
   std::vector<Tensor> outputs;
   for (std::size_t k = 0; k < 2 + rule.state.size(); ++k)
     for (const Tensor& p : params) outputs.push_back(at::empty_like(p, p.options().dtype(arithmetic(p.scalar_type()))));
-  outputs.push_back(at::zeros({std::int64_t(hyper.size())}, hyper[0].options().dtype(at::kDouble)));
+  outputs.push_back(new_sums(params, hyper));
   return outputs;
 }
 
@@ -257,17 +296,22 @@ void define_ops(const Rule& rule) {
     return at::empty_symint({pass.tower.sym_size(0), std::int64_t(columns)}, pass.tower.options());
   };
 
-  impl_cpu(name + "_hypergradient",
-           of_pass<bool>([r](const Pass& pass, bool norm) { return hypergradient_cpu(*r, pass, norm); }));
+  impl_devices(name + "_hypergradient", [r](const Backend& device) {
+    return of_pass<bool>([r, &device](const Pass& pass, bool norm) { return device.hypergradient(*r, pass, norm); });
+  });
   impl(name + "_hypergradient", DispatchKey::Meta,
        of_pass<bool>([r, matrix](const Pass& pass, bool) { return matrix(pass, 2 * r->hypers.size() + 1); }));
   not_differentiable(name + "_hypergradient");
 
-  impl_cpu(name + "_norms", of_pass([r](const Pass& pass) { return norms_cpu(*r, pass); }));
+  impl_devices(name + "_norms", [r](const Backend& device) {
+    return of_pass([r, &device](const Pass& pass) { return device.norms(*r, pass); });
+  });
   impl(name + "_norms", DispatchKey::Meta, of_pass([matrix](const Pass& pass) { return matrix(pass, 3); }));
   not_differentiable(name + "_norms");
 
-  impl_cpu(name + "_step_", of_pass([r](const Pass& pass) { step_cpu(*r, pass); }));
+  impl_devices(name + "_step_", [r](const Backend& device) {
+    return of_pass([r, &device](const Pass& pass) { device.step(*r, pass); });
+  });
   impl(name + "_step_", DispatchKey::ADInplaceOrView,
        of_pass([step = op<OfPass<void>>(name + "_step_")](const Pass& pass) {
          {
@@ -278,7 +322,9 @@ void define_ops(const Rule& rule) {
        }));
   impl(name + "_step_", DispatchKey::Meta, of_pass([](const Pass&) {}));
 
-  impl(name + "_settle_", DispatchKey::CPU, of_pass([r](const Pass& pass) { settle_cpu(*r, pass); }));
+  impl_devices(name + "_settle_", [r](const Backend& device) {
+    return of_pass([r, &device](const Pass& pass) { device.settle(*r, pass); });
+  });
   impl(name + "_settle_", DispatchKey::ADInplaceOrView,
        of_pass([settle = op<OfPass<void>>(name + "_settle_")](const Pass& pass) {
          {
@@ -289,16 +335,20 @@ void define_ops(const Rule& rule) {
        }));
   impl(name + "_settle_", DispatchKey::Meta, of_pass([](const Pass&) {}));
 
-  impl_cpu(name,
-           [r](TensorList params, TensorList grads, TensorList state, TensorList hyper, const Tensor& step, bool) {
-             check_inputs(*r, params, grads, state, hyper, step);
-             std::vector<Tensor> outputs;
-             for (TensorList list : {params, state})
-               for (const Tensor& t : list) outputs.push_back(t.clone());
-             update_cpu(*r, TensorList(outputs).slice(0, params.size()), grads,
-                        TensorList(outputs).slice(params.size()), values_of(hyper).data(), step.item<double>());
-             return outputs;
-           });
+  impl_devices(name, [r](const Backend& device) {
+    return [r, &device](TensorList params, TensorList grads, TensorList state, TensorList hyper, const Tensor& step,
+                        bool) {
+      check_inputs(*r, params, grads, state, hyper, step);
+      std::vector<Tensor> outputs;
+      for (TensorList list : {params, state})
+        for (const Tensor& t : list) outputs.push_back(t.clone());
+      if (params.empty()) return outputs;
+      const TensorList all(outputs);
+      device.update(*r, {all.slice(0, params.size()), grads, all.slice(params.size()), values_of(hyper, params[0]),
+                         values_of(step, params[0])});
+      return outputs;
+    };
+  });
   impl(name, DispatchKey::Meta,
        [r](TensorList params, TensorList grads, TensorList state, TensorList hyper, const Tensor& step, bool) {
          check_inputs(*r, params, grads, state, hyper, step);
@@ -311,31 +361,36 @@ void define_ops(const Rule& rule) {
        [name](TensorList params, TensorList grads, TensorList state, TensorList hyper, const Tensor& step,
               bool detach) { return UpdateFunction::apply(params, grads, state, hyper, step, detach, name); });
 
-  impl_cpu(name + "_backward", [r](TensorList grad_params, TensorList params, TensorList grads, TensorList state,
-                                   TensorList hyper, const Tensor& step) {
-    check_inputs(*r, params, grads, state, hyper, step);
-    check_inputs(*r, params, grad_params, state, hyper, step);
-    Tensor sums = at::zeros({std::int64_t(hyper.size())}, hyper[0].options().dtype(at::kDouble));
-    const std::vector<double> values = values_of(hyper);
-    backward_cpu(*r, grad_params, {params, grads, state, values.data(), step.item<double>()},
-                 sums.mutable_data_ptr<double>());
-    return sums;
+  impl_devices(name + "_backward", [r](const Backend& device) {
+    return [r, &device](TensorList grad_params, TensorList params, TensorList grads, TensorList state, TensorList hyper,
+                        const Tensor& step) {
+      check_inputs(*r, params, grads, state, hyper, step);
+      check_inputs(*r, params, grad_params, state, hyper, step);
+      Tensor sums = new_sums(params, hyper);
+      if (!params.empty())
+        device.backward(*r, grad_params,
+                        {params, grads, state, values_of(hyper, params[0]), values_of(step, params[0])}, sums);
+      return sums;
+    };
   });
   impl(name + "_backward", DispatchKey::Meta,
-       [](TensorList, TensorList, TensorList, TensorList, TensorList hyper, const Tensor&) {
-         return at::empty({std::int64_t(hyper.size())}, hyper[0].options().dtype(at::kDouble));
+       [](TensorList, TensorList params, TensorList, TensorList, TensorList hyper, const Tensor&) {
+         return new_sums(params, hyper);
        });
   not_differentiable(name + "_backward");
 
-  impl_cpu(name + "_vjp", [r](TensorList grad_params, TensorList grad_state, TensorList params, TensorList grads,
-                              TensorList state, TensorList hyper, const Tensor& step) {
-    check_inputs(*r, params, grads, state, hyper, step);
-    check_inputs(*r, params, grad_params, grad_state, hyper, step);
-    std::vector<Tensor> outputs = new_vjp(*r, params, hyper);
-    const std::vector<double> values = values_of(hyper);
-    vjp_cpu(*r, grad_params, grad_state, {params, grads, state, values.data(), step.item<double>()},
-            TensorList(outputs).slice(0, outputs.size() - 1), outputs.back().mutable_data_ptr<double>());
-    return outputs;
+  impl_devices(name + "_vjp", [r](const Backend& device) {
+    return [r, &device](TensorList grad_params, TensorList grad_state, TensorList params, TensorList grads,
+                        TensorList state, TensorList hyper, const Tensor& step) {
+      check_inputs(*r, params, grads, state, hyper, step);
+      check_inputs(*r, params, grad_params, grad_state, hyper, step);
+      std::vector<Tensor> outputs = new_vjp(*r, params, hyper);
+      if (!params.empty())
+        device.vjp(*r, grad_params, grad_state,
+                   {params, grads, state, values_of(hyper, params[0]), values_of(step, params[0])},
+                   TensorList(outputs).slice(0, outputs.size() - 1), outputs.back());
+      return outputs;
+    };
   });
   impl(name + "_vjp", DispatchKey::Meta,
        [r](TensorList, TensorList, TensorList params, TensorList, TensorList, TensorList hyper, const Tensor&) {
@@ -345,36 +400,38 @@ void define_ops(const Rule& rule) {
 }
 
 void define_tower_ops() {
-  const auto define = [](const std::string& name, const std::string& sums, auto kernel) {
+  using Views = std::vector<TowerView>;
+  const auto define = [](const std::string& name, const std::string& sums, auto columns, auto run) {
     library().def((name + "(Tensor(a!)[] towers, Tensor[] " + sums +
-                   ", Tensor[] plans, Tensor[] bounds, Tensor[] settings) -> ()")
+                   ", Tensor[] plans, Tensor[] bounds, Tensor[] settings, int[] foreign=[]) -> ()")
                       .c_str(),
                   {at::Tag::pt2_compliant_tag});
-    impl(name, c10::DispatchKey::CPU, kernel);
+    impl_devices(name, [=](const Backend& device) {
+      return [=, &device](TensorList towers, TensorList of, TensorList plans, TensorList bounds, TensorList settings,
+                          at::IntArrayRef foreign) {
+        run(device, towers, check_towers(towers, sums.c_str(), of, columns, plans, bounds, settings), foreign);
+      };
+    });
     impl(name, c10::DispatchKey::ADInplaceOrView,
          [op = op<TowerOp>(name)](TensorList towers, TensorList sums, TensorList plans, TensorList bounds,
-                                  TensorList settings) {
+                                  TensorList settings, at::IntArrayRef foreign) {
            {
              at::AutoDispatchBelowADInplaceOrView below;
-             op.call(towers, sums, plans, bounds, settings);
+             op.call(towers, sums, plans, bounds, settings, foreign);
            }
            wrote(towers);
          });
-    impl(name, c10::DispatchKey::Meta, [](TensorList, TensorList, TensorList, TensorList, TensorList) {});
+    impl(name, c10::DispatchKey::Meta,
+         [](TensorList, TensorList, TensorList, TensorList, TensorList, at::IntArrayRef) {});
   };
-  define("tower_", "hypergradients",
-         [](TensorList towers, TensorList hypergradients, TensorList plans, TensorList bounds, TensorList settings) {
-           const auto columns = [](const Rule& rule) { return 2 * std::int64_t(rule.hypers.size()) + 1; };
-           const auto views = check_towers(towers, "hypergradients", hypergradients, columns, plans, bounds, settings);
-           for (std::size_t i = 0; i < views.size(); ++i)
-             tower_step(views[i], hypergradients[i].const_data_ptr<double>());
-         });
-  define("cap_", "norms",
-         [](TensorList towers, TensorList norms, TensorList plans, TensorList bounds, TensorList settings) {
-           const auto columns = [](const Rule&) { return std::int64_t(3); };
-           const auto views = check_towers(towers, "norms", norms, columns, plans, bounds, settings);
-           for (std::size_t i = 0; i < views.size(); ++i) tower_cap(views[i], norms[i].const_data_ptr<double>());
-         });
+  define(
+      "tower_", "hypergradients", [](std::int64_t hypers) { return 2 * hypers + 1; },
+      [](const Backend& device, TensorList towers, const Views& views, at::IntArrayRef foreign) {
+        device.tower(towers, views, foreign);
+      });
+  define(
+      "cap_", "norms", [](std::int64_t) { return std::int64_t(3); },
+      [](const Backend& device, TensorList towers, const Views& views, at::IntArrayRef) { device.cap(towers, views); });
 }
 
 }  // namespace hyperopt_ext

@@ -76,9 +76,13 @@ HX_FN std::tuple<D...> pack(const D&... values) {
 }
 
 // The prepared values of a step in the arithmetic type of the elements.
+template <class T, class... D, std::size_t... I>
+HX_FN auto to(const std::tuple<D...>& values, std::index_sequence<I...>) {
+  return pack(to<T>(std::get<I>(values))...);
+}
 template <class T, class... D>
-auto to(const std::tuple<D...>& values) {
-  return std::apply([](const auto&... value) { return pack(to<T>(value)...); }, values);
+HX_FN auto to(const std::tuple<D...>& values) {
+  return to<T>(values, std::index_sequence_for<D...>{});
 }
 template <class R, class T, Mask S>
 using Prepared = decltype(to<T>(R::prepare(std::declval<Hypers<S>>(), 1.0)));
@@ -107,11 +111,21 @@ struct MaskOf<std::tuple<S...>> {
   static constexpr Mask value = (Mask(0) | ... | S::mask);
 };
 
+// A constant, for each of a list of indices.
+template <std::size_t>
+struct ConstantAt {
+  using type = Dual<double, 0>;
+};
+
 // change() of the parameter and the gradient to probe, given as many constants as advance() returns.
+template <class R, class P, class Returned>
+struct ProbeChange;
 template <class R, class P, std::size_t... I>
-auto probe_change(std::index_sequence<I...>)
-    -> decltype(R::change(std::declval<P>(), std::declval<Dual<double, kProbeGrad>>(),
-                          std::declval<Dual<double, kProbeParam>>(), ((void)I, std::declval<Dual<double, 0>>())...));
+struct ProbeChange<R, P, std::index_sequence<I...>> {
+  using type =
+      decltype(R::change(std::declval<P>(), std::declval<Dual<double, kProbeGrad>>(),
+                         std::declval<Dual<double, kProbeParam>>(), std::declval<typename ConstantAt<I>::type>()...));
+};
 
 template <class R, Mask S, std::size_t... I>
 constexpr unsigned record_of(std::index_sequence<I...>) {
@@ -120,9 +134,10 @@ constexpr unsigned record_of(std::index_sequence<I...>) {
   using C = Dual<T, 0>;
   using Penalty = decltype(R::penalty(std::declval<P>(), std::declval<C>()));
   using E = Dual<T, Penalty::mask & S>;
-  using State = decltype(R::advance(std::declval<P>(), std::declval<E>(), ((void)I, std::declval<C>())...));
+  using State =
+      decltype(R::advance(std::declval<P>(), std::declval<E>(), std::declval<typename ConstantAt<I>::type>()...));
   constexpr std::size_t returned = std::tuple_size<State>::value;
-  using Change = decltype(probe_change<R, P>(std::make_index_sequence<returned>{}));
+  using Change = typename ProbeChange<R, P, std::make_index_sequence<returned>>::type;
   static_assert(returned >= R::state.size(), "advance() must return one value for each state");
   const bool deferred = (MaskOf<State>::value & S) != 0 || returned > R::state.size();
   const bool grad = deferred || (Change::mask & kProbeGrad) != 0 || (Penalty::mask & S) != 0;
@@ -135,6 +150,15 @@ constexpr unsigned record_of(std::index_sequence<I...>) {
 template <class R>
 constexpr Mask kAllHypers = (Mask(1) << R::hypers.size()) - 1;
 
+// The compiled sets of a rule: none, those that it names, all.
+template <class R>
+constexpr std::size_t kSets = R::sets.size() + 2;
+
+template <class R>
+constexpr Mask set_at(std::size_t i) {
+  return i == 0 ? 0 : i + 1 < kSets<R> ? R::sets[i - 1] : kAllHypers<R>;
+}
+
 // What has to be kept between steps when the hyperparameters S of rule R are learned.
 template <class R, Mask S>
 constexpr unsigned RecordOf = detail::record_of<R, S>(std::make_index_sequence<R::state.size()>{});
@@ -143,6 +167,24 @@ constexpr unsigned RecordOf = detail::record_of<R, S>(std::make_index_sequence<R
 template <class R, Mask S>
 constexpr bool PenaltyIsLearned =
     (decltype(R::penalty(R::prepare(std::declval<Hypers<S>>(), 1.0), std::declval<Dual<double, 0>>()))::mask & S) != 0;
+
+namespace detail {
+
+constexpr bool same(const char* a, const char* b) {
+  for (; *a == *b; ++a, ++b)
+    if (*a == 0) return true;
+  return false;
+}
+
+}  // namespace detail
+
+// The index of a hyperparameter; -1: the rule has none of that name.
+template <class R>
+constexpr int index_of(const char* name) {
+  for (std::size_t i = 0; i < R::hypers.size(); ++i)
+    if (detail::same(R::hypers[i].name, name)) return int(i);
+  return -1;
+}
 
 // A run of elements of one tensor, as a kernel sees it. Parameters, gradients and last_param have the parameter's dtype;
 // state, last_grad and traces its arithmetic type (fp32 for half precision).
@@ -192,10 +234,10 @@ struct LearnedSet {
   LearnedKernels cpu[kScalarTypes];
 };
 
-// One step of a rule on the n learned hyperparameters of the level below, and its derivatives:
-// x [n], grad [n], state [states, n], tangents [n, hypers] (d x_new / d hyper).
-using LevelKernel = void (*)(const double* hyper, double step, int n, double* x, const double* grad, double* state,
-                             double* tangents);
+// One step of a rule on the coordinates begin to end - 1 of the n that a level moves, and its derivatives:
+// x [end - begin], grad [n], state [states, n], tangents [end - begin, hypers] (d x_new / d hyper).
+using LevelKernel = void (*)(const double* hyper, double step, int n, int begin, int end, double* x, const double* grad,
+                             double* state, double* tangents);
 
 struct Rule {
   const char* name;
@@ -217,6 +259,9 @@ struct Rule {
 // The rules, in the order of their registration. The position of a rule is its id in a tower's plan.
 std::vector<const Rule*>& rules();
 const Rule& find_rule(const std::string& name);
+
+// The place of a rule among those that the CUDA tower is compiled with; -1: it is none of them.
+int built_in(const std::string& name);
 
 }  // namespace hyperopt_ext
 

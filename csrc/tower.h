@@ -16,6 +16,7 @@ namespace hyperopt_ext {
 //             skipped   steps in which nothing moved, because a number was not finite
 //             held      steps in which the parameters moved, but not the levels above, because a hypergradient was not
 //                       finite
+//             moving    0 if the levels above level 0 do not move in this step
 //             (free)
 //   level k   used      [hypers]             the values of the most recent update
 //             previous  [hypers]             those of the update before it
@@ -28,14 +29,14 @@ namespace hyperopt_ext {
 //
 // with level 0, which moves the parameters, first (n = 0).
 constexpr int kHeader = 8;
-enum Header : int { kTicks, kMoves, kOk, kSkipped, kHeld };
+enum Header : int { kTicks, kMoves, kOk, kSkipped, kHeld, kMoving };
 constexpr int kValues = 6;  // numbers of a level for each of its hyperparameters
 
 struct LevelRow {
   double *used, *previous, *live, *seen, *x, *bounded, *state, *tangents;
   int hypers, states, n;
 
-  LevelRow(double* start, int hypers, int states, int n)
+  HX_FN LevelRow(double* start, int hypers, int states, int n)
       : used(start),
         previous(used + hypers),
         live(previous + hypers),
@@ -47,12 +48,26 @@ struct LevelRow {
         hypers(hypers),
         states(states),
         n(n) {}
-  double* end() const { return tangents + n * hypers; }
+  HX_FN double* end() const { return tangents + n * hypers; }
 };
 
-// One row of the plan, an int64 tensor [levels, kPlanColumns]; its bounds are a float64 tensor [sum of hypers, 2].
-enum PlanColumn : int { kRule, kLearn, kCoordinates, kPlanColumns };
-constexpr int kSpaceBits = 4;  // of kCoordinates, for each hyperparameter
+// One row of the plan, an int64 tensor [levels, kPlanColumns]: what a stack is made of, and where its numbers lie.
+enum PlanColumn : int {
+  kRule,         // the id of the level's rule
+  kLearn,        // the learned hyperparameters
+  kCoordinates,  // kSpaceBits for each hyperparameter
+  // The rest follows from these (tower_plan).
+  kHypers,    // of the rule
+  kStates,    // of the rule
+  kLr,        // the index of lr; -1: there is none
+  kBuiltIn,   // its place among the rules that the CUDA tower is compiled with; -1: it is not one of them
+  kMoved,     // how many coordinates the level moves
+  kStart,     // where the level starts in a row
+  kGradient,  // where its learned hyperparameters start among those of all levels
+  kBounds,    // where its rows of `bounds`, a float64 tensor [sum of hypers, 2], start
+  kPlanColumns
+};
+constexpr int kSpaceBits = 4;
 
 // One row of the settings, a float64 tensor [levels, kSettings]: how the hyperparameters of a level are moved.
 enum Setting : int {
@@ -73,18 +88,13 @@ constexpr std::array<const char*, kSettings> kSettingNames{"clip",    "normalize
                                                            "horizon", "horizon_growth", "limit",  "limit_steps",
                                                            "trust",   "per_tensor",     "skip"};
 
-// The number of doubles in a row, and where in it the live and the bounded values of each level start.
-std::int64_t tower_width(const std::int64_t* plan, int levels);
-struct Offsets {
-  std::int64_t live, bounded;
-};
-std::vector<Offsets> tower_offsets(const std::int64_t* plan, int levels);
+// The plan of levels of which the first three columns are given, [levels, 3]; both flattened.
+std::vector<std::int64_t> tower_plan(const std::vector<std::int64_t>& levels);
 
-// Sets a row up: live values and coordinates from `values` [sum of hypers], accumulators from `state`, one value for each
-// state of each level.
-void tower_reset(double* row, const std::int64_t* plan, int levels, const double* values, const double* state);
+// Whether this is a plan of rules that are loaded.
+bool is_plan(const std::int64_t* plan, int levels);
 
-// A tower and what it was built from.
+// A tower, what it was built from, and what a step of it needs beside that.
 struct TowerView {
   double* start;  // [rows, width]
   std::int64_t rows, width;
@@ -92,12 +102,35 @@ struct TowerView {
   const double* bounds;      // [sum of hypers, 2]
   const double* settings;    // [levels, kSettings]
   int levels;
+  const double* sums;  // [rows, 2 hypers + 1], what pass A gave (see passes.h), or, for the cap, [rows, 3]
+  double* scratch;     // of tower_scratch() doubles
+
+  HX_FN const std::int64_t* level(int k) const { return plan + k * kPlanColumns; }
+  HX_FN double* header(std::int64_t row) const { return start + row * width; }
+  HX_FN LevelRow row_of(std::int64_t row, int k) const {
+    const std::int64_t* const p = level(k);
+    return {header(row) + p[kStart], int(p[kHypers]), int(p[kStates]), int(p[kMoved])};
+  }
+  // The coordinates that all levels learn; nothing is learned of the last one.
+  HX_FN std::int64_t learned() const { return level(levels - 1)[kGradient]; }
 };
 
-// One step of all rows, from what pass A gave, [rows, 2 hypers + 1] (hypergradient_cpu in cpu/passes.h).
-void tower_step(const TowerView& tower, const double* sums);
+// The number of doubles in a row.
+std::int64_t tower_width(const std::int64_t* plan, int levels);
 
-// Lowers the lr of level 0 where the coming update is larger than `trust` allows, from the norms [rows, 3] of norms_cpu.
-void tower_cap(const TowerView& tower, const double* norms);
+// The doubles that a step of a tower needs for itself, whatever it learns.
+inline std::int64_t tower_scratch(std::int64_t rows, std::int64_t learned) {
+  return rows * (2 * learned + 1) + 3 * kMaxHypers + 2;
+}
+
+// Sets a row up: live values and coordinates from `values` [sum of hypers], accumulators from `state`, one value for each
+// state of each level.
+void tower_reset(double* row, const std::int64_t* plan, int levels, const double* values, const double* state);
+
+// One step of all rows. `scratch` is not read.
+void tower_step(const TowerView& tower);
+
+// Lowers the lr of level 0 where the coming update is larger than `trust` allows.
+void tower_cap(const TowerView& tower);
 
 }  // namespace hyperopt_ext

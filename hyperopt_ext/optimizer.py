@@ -33,6 +33,13 @@ def _new_tower(stack: Stack, params: list[Tensor], device: torch.device) -> Tens
     return row.repeat(len(params) if stack[0].granularity == "tensor" else 1, 1)
 
 
+def _foreign_levels(plan: list[int]) -> list[tuple[int, int]]:
+    """The levels that are moved by a rule which the CUDA tower is not compiled with, and the id of that rule."""
+    columns = [plan[i :: len(_C.PLAN)] for i in range(len(_C.PLAN))]
+    built_in, rule = columns[_C.PLAN.index("built_in")], columns[_C.PLAN.index("rule")]
+    return [(k, rule[k + 1]) for k in range(len(rule) - 1) if built_in[k + 1] < 0]
+
+
 class _Group:
     """What ``step()`` needs of a param group: its tower, and the operators of its first rule."""
 
@@ -50,6 +57,7 @@ class _Group:
         device = self.tower.device
         settings = [{**level.settings(), "skip": float(self.nonfinite in ("skip", "raise"))} for level in stack]
         self.plan = torch.tensor(plan, device=device).view(len(stack), -1)
+        self.foreign = _foreign_levels(plan)
         self.bounds = torch.tensor(
             [limit for level in stack for limit in level.limits()], dtype=torch.float64, device=device
         )
@@ -154,6 +162,7 @@ def _move_towers(updates: list[_Update]) -> None:
                 [g.plan for g in groups],
                 [g.bounds for g in groups],
                 [g.settings for g in groups],
+                [number for i, g in enumerate(groups) for level in g.foreign for number in (i, *level)],
             )
 
     ops = torch.ops.hyperopt_ext

@@ -393,7 +393,7 @@ class Stack:
             learn = 0 if k + 1 == len(self.levels) else level.learn_mask()
             coordinates = sum(spaces.index(name) << (_C.SPACE_BITS * i) for i, name in enumerate(level.coordinates()))
             plan += [RULES[level.rule]["id"], learn, coordinates]
-        return plan
+        return _C.tower_plan(plan)
 
     def __truediv__(self, above: Level | Stack) -> Stack:
         if not isinstance(above, Level | Stack):

@@ -7,15 +7,6 @@
 namespace hyperopt_ext {
 namespace {
 
-// The compiled sets of a rule: none, those that it names, all.
-template <class R>
-constexpr std::size_t kSets = R::sets.size() + 2;
-
-template <class R>
-constexpr Mask set_at(std::size_t i) {
-  return i == 0 ? 0 : i + 1 < kSets<R> ? R::sets[i - 1] : kAllHypers<R>;
-}
-
 template <class R, class T>
 constexpr StepKernels step_kernels() {
   return {prepare<R, T, 0>, settle<R, T>, hypergradient<R, T, kAllHypers<R>, true>, vjp<R, T>};
@@ -38,17 +29,10 @@ LearnedSet learned_set() {
            learned_kernels<R, c10::BFloat16, S>()}};
 }
 
-constexpr bool same(const char* a, const char* b) {
-  for (; *a == *b; ++a, ++b)
-    if (*a == 0) return true;
-  return false;
-}
-
 template <class R>
-constexpr int index_of(const char* name) {
-  for (std::size_t i = 0; i < R::hypers.size(); ++i)
-    if (same(R::hypers[i].name, name)) return int(i);
-  return -1;
+void level(const double* hyper, double step, int n, int begin, int end, double* x, const double* grad, double* state,
+           double* tangents) {
+  move_coordinates<R>(hyper, step, n, begin, end, x, grad, state, tangents);
 }
 
 template <class R, std::size_t... I>

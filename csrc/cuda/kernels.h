@@ -1,0 +1,391 @@
+// The CUDA kernels of a rule, as classes of block code (launch.h): the counterparts of those in cpu/kernels.h, over the same
+// code for an element.
+//
+// A block reads what the host does not know, step counts, ticks and hyperparameters, through pointers: its first thread
+// prepares the step, then each thread takes kVector elements at a time.
+#pragma once
+
+#include "launch.h"
+
+namespace hyperopt_ext {
+namespace cuda {
+
+// What is read, or written, of a tensor.
+enum Part : unsigned { kOfW = 1, kOfG = 2, kOfS = 4, kOfLastG = 8, kOfLastW = 16 };
+
+// What a record holds, as parts.
+constexpr unsigned parts_of(unsigned record) {
+  return ((record & kGrad) ? unsigned(kOfLastG) : 0u) | ((record & kParam) ? unsigned(kOfLastW) : 0u);
+}
+
+// kVector elements of a tensor in registers. Given: last_grad has the parameter's dtype.
+template <class R, class A, bool Given = false>
+struct Tile {
+  static constexpr int kSlots = int(R::state.size());
+  A w[kVector], g[kVector], s[kSlots + 1][kVector], last_g[kVector], last_w[kVector];
+
+  HX_FN Elements<R, A> elements(double scale) {
+    Elements<R, A> x;
+    x.w = w, x.g = g, x.last_g = last_g, x.last_w = last_w;
+    HX_UNROLL
+    for (int k = 0; k < kSlots; ++k) x.s[k] = s[k];
+    x.scale = A(scale);
+    return x;
+  }
+
+  template <unsigned Parts>
+  HX_FN void load(const Entry& t, std::int64_t i, int n, bool whole) {
+    using P = Pointer;
+    if constexpr ((Parts & kOfW) != 0) read<A>(t.type(), t.pointer<const void>(P::kParam), i, n, whole, w);
+    if constexpr ((Parts & kOfG) != 0) read<A>(t.type(), t.pointer<const void>(P::kGrad), i, n, whole, g);
+    if constexpr ((Parts & kOfS) != 0) HX_UNROLL
+    for (int k = 0; k < kSlots; ++k) read<A>(t.pointer<const void>(P::kStates + k), i, n, whole, s[k]);
+    if constexpr ((Parts & kOfLastG) != 0 && Given)
+      read<A>(t.type(), t.pointer<const void>(P::kLastGrad), i, n, whole, last_g);
+    if constexpr ((Parts & kOfLastG) != 0 && !Given) read<A>(t.pointer<const void>(P::kLastGrad), i, n, whole, last_g);
+    if constexpr ((Parts & kOfLastW) != 0) read<A>(t.type(), t.pointer<const void>(P::kLastParam), i, n, whole, last_w);
+  }
+
+  template <unsigned Parts>
+  HX_FN void store(const Entry& t, std::int64_t i, int n, bool whole) const {
+    using P = Pointer;
+    if constexpr ((Parts & kOfW) != 0) write<A>(t.type(), w, t.pointer<void>(P::kParam), i, n, whole);
+    if constexpr ((Parts & kOfS) != 0) HX_UNROLL
+    for (int k = 0; k < kSlots; ++k) write<A>(s[k], t.pointer<void>(P::kStates + k), i, n, whole);
+    if constexpr ((Parts & kOfLastG) != 0) write<A>(last_g, t.pointer<void>(P::kLastGrad), i, n, whole);
+    if constexpr ((Parts & kOfLastW) != 0) write<A>(t.type(), last_w, t.pointer<void>(P::kLastParam), i, n, whole);
+  }
+};
+
+// The prepared values of a step, where the first thread leaves them for the others.
+template <class R, class A, Mask S>
+struct PreparedStep {
+  using P = Prepared<R, A, S>;
+  alignas(16) unsigned char bytes[sizeof(P)];
+
+  HX_FN void set(const double* hyper, double step) { new (bytes) P(to<A>(R::prepare(Hypers<S>{hyper}, step))); }
+  HX_FN P get() const { return *reinterpret_cast<const P*>(bytes); }
+};
+
+template <class R, class A, unsigned Keep>
+struct Update {
+  static constexpr int kThreads = cuda::kThreads;
+  struct Shared {
+    PreparedStep<R, A, 0> now, last;
+  };
+
+  template <class Team>
+  HX_FN static void block(const Launch& launch, int block, Shared& shared, const Team& team) {
+    const Chunk chunk(launch, block, int(R::hypers.size()));
+    if (!chunk.ok) return;
+    const bool pending = (Keep & kDeferred) != 0 && chunk.pending;
+    team.each([&](int thread) {
+      if (thread != 0) return;
+      shared.now.set(chunk.used, double(chunk.step + 1));
+      if (pending) shared.last.set(chunk.previous, double(chunk.step));
+    });
+    team.each([&](int thread) {
+      const auto p = shared.now.get();
+      const auto last = pending ? shared.last.get() : p;
+      chunk.each_run(thread, kThreads, [&](std::int64_t i, int n, bool whole) {
+        Tile<R, A> tile;
+        const auto x = tile.elements(launch.scale);
+        tile.template load<kOfW | kOfG | kOfS>(chunk.entry, i, n, whole);
+        if (pending) tile.template load<parts_of(Keep & kGrad)>(chunk.entry, i, n, whole);
+        HX_UNROLL
+        for (int j = 0; j < kVector; ++j) {
+          if (pending)
+            make_step<R, Keep>(p, x, j, advance<R>(last, x.last_grad(j), x.state(j)));
+          else
+            make_step<R, Keep>(p, x, j, x.state(j));
+        }
+        tile.template store<kOfW | kOfS | parts_of(Keep)>(chunk.entry, i, n, whole);
+      });
+    });
+  }
+};
+
+// Columns: the squared norms of the coming change and of the parameters, and the number of elements.
+template <class R, class A, bool Deferred>
+struct Norms {
+  static constexpr int kThreads = cuda::kThreads;
+  static constexpr int kColumns = 3;
+  struct Shared {
+    PreparedStep<R, A, 0> now, last;
+    double unit[kMaxHypers];
+    double values[kColumns * kThreads];
+  };
+
+  template <class Team>
+  HX_FN static void block(const Launch& launch, int block, Shared& shared, const Team& team) {
+    const Chunk chunk(launch, block, int(R::hypers.size()));
+    const bool pending = Deferred && chunk.pending;
+    team.each([&](int thread) {
+      if (thread != 0) return;
+      launch.chunk_rows[launch.first_chunk + block] = chunk.entry.row();
+      // The values in use, but an lr of 1: one so large that the update would overflow can be lowered, too.
+      constexpr int hypers = int(R::hypers.size()), lr = index_of<R>("lr");
+      for (int i = 0; i < hypers; ++i) shared.unit[i] = i == lr ? 1.0 : chunk.used[i];
+      if (!chunk.ok) return;
+      shared.now.set(shared.unit, double(chunk.step + 1));
+      if (pending) shared.last.set(chunk.previous, double(chunk.step));
+    });
+    team.each([&](int thread) {
+      A changes = A(0), params = A(0);
+      if (chunk.ok) {
+        const auto p = shared.now.get();
+        const auto last = pending ? shared.last.get() : p;
+        chunk.each_run(thread, kThreads, [&](std::int64_t i, int n, bool whole) {
+          Tile<R, A> tile;
+          const auto x = tile.elements(launch.scale);
+          tile.template load<kOfW | kOfG | kOfS>(chunk.entry, i, n, whole);
+          if (pending) tile.template load<kOfLastG>(chunk.entry, i, n, whole);
+          HX_UNROLL
+          for (int j = 0; j < kVector; ++j) {
+            if (j >= n) continue;
+            const A w = x.param(j).value;
+            const A delta = pending ? coming_change<R>(p, x, j, advance<R>(last, x.last_grad(j), x.state(j)))
+                                    : coming_change<R>(p, x, j, x.state(j));
+            changes += delta * delta;
+            params += w * w;
+          }
+        });
+      }
+      shared.values[thread] = double(changes);
+      shared.values[kThreads + thread] = double(params);
+      shared.values[2 * kThreads + thread] = thread == 0 && chunk.ok ? double(chunk.count) : 0.0;
+    });
+    finish_sums<kThreads>(team, shared.values, kColumns, launch, block);
+  }
+};
+
+template <class R, class A, Mask S>
+struct TracedUpdate {
+  static constexpr int kThreads = cuda::kThreads;
+  struct Shared {
+    PreparedStep<R, A, S> now;
+  };
+
+  template <class Team>
+  HX_FN static void block(const Launch& launch, int block, Shared& shared, const Team& team) {
+    const Chunk chunk(launch, block, int(R::hypers.size()));
+    if (!chunk.ok) return;
+    team.each([&](int thread) {
+      if (thread == 0) shared.now.set(chunk.used, double(chunk.step + 1));
+    });
+    team.each([&](int thread) {
+      const auto p = shared.now.get();
+      const A keep = keep_of<A>(launch, chunk.step);
+      chunk.each_run(thread, kThreads, [&](std::int64_t i, int n, bool whole) {
+        Tile<R, A> tile;
+        const auto x = tile.elements(launch.scale);
+        tile.template load<kOfW | kOfG | kOfS>(chunk.entry, i, n, whole);
+        A tangents[count(S)][kVector];
+        HX_UNROLL
+        for (int j = 0; j < kVector; ++j) {
+          const auto delta = make_traced_step<R>(p, x, j);
+          each_direction<S>([&](auto d) { tangents[position(S, d)][j] = delta.template tangent<d>(); });
+        }
+        tile.template store<kOfW | kOfS>(chunk.entry, i, n, whole);
+        each_direction<S>([&](auto d) {
+          A* const trace = chunk.entry.template pointer<A>(Pointer::kStates + int(R::state.size()) + d);
+          if (trace == nullptr) return;  // compiled for more than is learned
+          A z[kVector];
+          read<A>(trace, i, n, whole, z);
+          HX_UNROLL
+          for (int j = 0; j < kVector; ++j) z[j] = keep * z[j] + tangents[position(S, d)][j];
+          write<A>(z, trace, i, n, whole);
+        });
+      });
+    });
+  }
+};
+
+template <class R, class A>
+struct Settle {
+  static constexpr int kThreads = cuda::kThreads;
+  struct Shared {
+    PreparedStep<R, A, 0> last;
+  };
+
+  template <class Team>
+  HX_FN static void block(const Launch& launch, int block, Shared& shared, const Team& team) {
+    const Chunk chunk(launch, block, int(R::hypers.size()));
+    if (!chunk.ok || !chunk.pending) return;
+    team.each([&](int thread) {
+      if (thread == 0) shared.last.set(chunk.previous, double(chunk.step));
+    });
+    team.each([&](int thread) {
+      const auto last = shared.last.get();
+      chunk.each_run(thread, kThreads, [&](std::int64_t i, int n, bool whole) {
+        Tile<R, A> tile;
+        const auto x = tile.elements(launch.scale);
+        tile.template load<kOfS | kOfLastG>(chunk.entry, i, n, whole);
+        HX_UNROLL
+        for (int j = 0; j < kVector; ++j) x.set_state(j, advance<R>(last, x.last_grad(j), x.state(j)));
+        tile.template store<kOfS>(chunk.entry, i, n, whole);
+      });
+    });
+  }
+};
+
+// Blocks are smaller where many sums are made, so that these fit into what a block can share.
+constexpr int threads_for(int columns) {
+  return columns > 20 ? kThreads / 2 : kThreads;
+}
+
+// Columns: sums of G z for each hyperparameter of S, and, unless Given, of z^2, and of G^2.
+template <class R, class A, Mask S, bool Given>
+struct Hypergradient {
+  static constexpr int kLearned = count(S), kColumns = Given ? kLearned : 2 * kLearned + 1;
+  static constexpr int kThreads = threads_for(kColumns);
+  struct Shared {
+    PreparedStep<R, A, S> now;
+    double values[kColumns * kThreads];
+  };
+  // Of the record, the parameter is read only where the penalty's derivative needs it.
+  static constexpr unsigned kParts =
+      kOfG | kOfS |
+      (Given ? kOfLastG | kOfLastW : parts_of(RecordOf<R, S>) | (PenaltyIsLearned<R, S> ? unsigned(kOfW) : 0u));
+
+  template <class Team>
+  HX_FN static void block(const Launch& launch, int block, Shared& shared, const Team& team) {
+    const Chunk chunk(launch, block, int(R::hypers.size()));
+    const bool recorded = Given || chunk.recorded;
+    team.each([&](int thread) {
+      if (thread != 0) return;
+      launch.chunk_rows[launch.first_chunk + block] = chunk.entry.row();
+      if (recorded) shared.now.set(chunk.used, double(chunk.step));
+    });
+    team.each([&](int thread) {
+      A products[kLearned] = {}, squares[kLearned] = {}, square = A(0);
+      if (recorded) {
+        const auto p = shared.now.get();
+        chunk.each_run(thread, kThreads, [&](std::int64_t i, int n, bool whole) {
+          Tile<R, A, Given> tile;
+          const auto x = tile.elements(launch.scale);
+          tile.template load<kParts>(chunk.entry, i, n, whole);
+          HX_UNROLL
+          for (int j = 0; j < kVector; ++j) {
+            if (j >= n) continue;
+            const auto delta = last_change<R, S, Given>(p, x, j);
+            const A upstream = x.grad(j).value;
+            each_direction<S>([&](auto d) {
+              const A z = delta.template tangent<d>();
+              products[position(S, d)] += upstream * z;
+              if constexpr (!Given) squares[position(S, d)] += z * z;
+            });
+            if constexpr (!Given) square += upstream * upstream;
+          }
+        });
+      } else if constexpr (!Given) {
+        chunk.each_run(thread, kThreads, [&](std::int64_t i, int n, bool whole) {
+          Tile<R, A> tile;
+          tile.template load<kOfG>(chunk.entry, i, n, whole);
+          HX_UNROLL
+          for (int j = 0; j < kVector; ++j) square += (A(launch.scale) * tile.g[j]) * (A(launch.scale) * tile.g[j]);
+        });
+      }
+      HX_UNROLL
+      for (int k = 0; k < kLearned; ++k) shared.values[k * kThreads + thread] = double(products[k]);
+      if constexpr (!Given) {
+        HX_UNROLL
+        for (int k = 0; k < kLearned; ++k) shared.values[(kLearned + k) * kThreads + thread] = double(squares[k]);
+        shared.values[2 * kLearned * kThreads + thread] = double(square);
+      }
+    });
+    finish_sums<kThreads>(team, shared.values, kColumns, launch, block);
+  }
+};
+
+// Columns: what is pulled back to each hyperparameter; to the inputs, in grad_input.
+template <class R, class A>
+struct Vjp {
+  static constexpr Mask S = kAllHypers<R>;
+  static constexpr int kStates = int(R::state.size()), kColumns = count(S);
+  static constexpr int kThreads = threads_for(kColumns);
+  struct Shared {
+    PreparedStep<R, A, S> now;
+    double values[kColumns * kThreads];
+  };
+
+  template <class Team>
+  HX_FN static void block(const Launch& launch, int block, Shared& shared, const Team& team) {
+    const Chunk chunk(launch, block, int(R::hypers.size()));
+    team.each([&](int thread) {
+      if (thread != 0) return;
+      launch.chunk_rows[launch.first_chunk + block] = chunk.entry.row();
+      shared.now.set(chunk.used, double(chunk.step));
+    });
+    team.each([&](int thread) {
+      const auto p = shared.now.get();
+      A sums[kColumns] = {};
+      chunk.each_run(thread, kThreads, [&](std::int64_t i, int n, bool whole) {
+        constexpr int kGradState = Pointer::kStates + kStates, kGradInput = kGradState + kStates;
+        Tile<R, A, true> tile;
+        const auto x = tile.elements(1.0);
+        tile.template load<kOfG | kOfS | kOfLastG | kOfLastW>(chunk.entry, i, n, whole);
+        A above[kStates + 1][kVector], below[2 + kStates][kVector];
+        HX_UNROLL
+        for (int k = 0; k < kStates; ++k)
+          read<A>(chunk.entry.template pointer<const void>(kGradState + k), i, n, whole, above[k]);
+        HX_UNROLL
+        for (int j = 0; j < kVector; ++j) {
+          if (j >= n) continue;
+          pull_back<R>(
+              p, x, j, [&](int k) { return above[k][j]; }, [&](int k, A value) { below[k][j] = value; },
+              [&](int k, A value) { sums[k] += value; });
+        }
+        HX_UNROLL
+        for (int k = 0; k < 2 + kStates; ++k)
+          write<A>(below[k], chunk.entry.template pointer<void>(kGradInput + k), i, n, whole);
+      });
+      HX_UNROLL
+      for (int k = 0; k < kColumns; ++k) shared.values[k * kThreads + thread] = double(sums[k]);
+    });
+    finish_sums<kThreads>(team, shared.values, kColumns, launch, block);
+  }
+};
+
+// The team of the block code in tower_step.h, for a block's Team.
+template <class Team>
+struct TowerTeam {
+  static constexpr int kWorkers = 128, kLanes = kMaxHypers;
+  const Team& team;
+  template <class F>
+  HX_FN void each(F&& f) const {
+    team.each(static_cast<F&&>(f));
+  }
+};
+
+template <class Call>
+struct MoveTowers {
+  static constexpr int kThreads = 128;
+  struct Shared {};
+
+  template <class Team>
+  HX_FN static void block(const TowerLaunch& launch, int block, Shared&, const Team& threads) {
+    const TowerTeam<Team> team{threads};
+    const TowerView tower = launch.views[block];
+    const tower::Scratch scratch(tower);
+    if (launch.differentiates) {
+      tower::differentiate(team, tower, scratch);
+      tower::decide(team, tower, scratch);
+    }
+    const int from = launch.from < tower.levels ? launch.from : tower.levels - 1;
+    for (int k = from; k >= launch.to; --k) tower::move_level(team, Call{}, tower, scratch, k);
+  }
+};
+
+// Moves coordinates by one rule.
+template <class R>
+struct CallOne {
+  static constexpr int kCapacity = 1;
+  template <class... Arguments>
+  HX_FN void operator()(const std::int64_t*, Arguments... arguments) const {
+    move_coordinates<R>(arguments...);
+  }
+};
+
+}  // namespace cuda
+}  // namespace hyperopt_ext

@@ -1,0 +1,331 @@
+// How work gets to a GPU: what a kernel is given, what its threads see of a tensor, and how it is started.
+//
+// A kernel is a class K with
+//
+//   kThreads                                    threads of a block
+//   Shared                                      what they share
+//   block(arguments, block, shared, team)       what a block does, in phases: team.each(f) calls f(thread) for each of its
+//                                               threads, and all are through before it returns to any of them
+//
+// so that nvcc makes a kernel of it, and any C++ compiler a loop over blocks and threads (the tests run that one).
+#pragma once
+
+#include <cstdint>
+#include <new>
+
+#include "../elements.h"
+#include "../tower.h"
+
+#ifdef __CUDACC__
+#include <cuda_runtime_api.h>
+#define HX_UNROLL _Pragma("unroll")
+#else
+#define HX_UNROLL
+#endif
+
+namespace hyperopt_ext {
+namespace cuda {
+
+// Elements that a thread takes at once: 16 bytes of fp32.
+constexpr int kVector = 4;
+// Elements of a chunk, which a block takes.
+constexpr std::int64_t kChunk = 8192;
+constexpr int kThreads = 256;
+
+// Arguments of a kernel are at most this large, whatever the driver.
+constexpr std::size_t kArgumentBytes = 4096;
+
+#ifdef __CUDACC__
+
+struct DeviceTeam {
+  template <class F>
+  __device__ __forceinline__ void each(F&& f) const {
+    f(int(threadIdx.x));
+    __syncthreads();
+  }
+};
+
+template <class K, class Arguments>
+__global__ void __launch_bounds__(K::kThreads) kernel(const __grid_constant__ Arguments arguments) {
+  __shared__ typename K::Shared shared;
+  K::block(arguments, int(blockIdx.x), shared, DeviceTeam{});
+}
+
+template <class K, class Arguments>
+void launch(const Arguments& arguments, std::int64_t blocks, void* stream) {
+  static_assert(sizeof(Arguments) <= kArgumentBytes, "too large for the arguments of a kernel");
+  kernel<K, Arguments><<<unsigned(blocks), K::kThreads, 0, static_cast<cudaStream_t>(stream)>>>(arguments);
+}
+
+#else
+
+template <int Threads>
+struct HostTeam {
+  template <class F>
+  void each(F&& f) const {
+    for (int thread = 0; thread < Threads; ++thread) f(thread);
+  }
+};
+
+template <class K, class Arguments>
+void launch(const Arguments& arguments, std::int64_t blocks, void*) {
+  static_assert(sizeof(Arguments) <= kArgumentBytes, "too large for the arguments of a kernel");
+  for (std::int64_t block = 0; block < blocks; ++block) {
+    typename K::Shared shared;
+    K::block(arguments, int(block), shared, HostTeam<K::kThreads>{});
+  }
+}
+
+#endif
+
+// One tensor of a launch, in 64-bit words: these, and pointers after them.
+enum Word : int {
+  kCount,   // elements
+  kPlace,   // its first chunk in this launch, and, 32 bits up, its row of the tower
+  kFormat,  // ScalarType of the parameter, and kAligned
+  kStep,    // int64*: updates made
+  kTick,    // int64*: the tower's tick at which the last one was made
+  kPointers
+};
+constexpr std::uint64_t kAligned = 8;  // every run of kVector elements from its start can be read at once
+
+// The pointers, which are those of a Slice: the states follow kStates, then what only some kernels read, traces or grad_state
+// and grad_input.
+struct Pointer {
+  enum : int { kParam, kGrad, kLastGrad, kLastParam, kStates };
+};
+
+// The arguments of a kernel of the passes: a list of tensors, which are cut into chunks, a block each.
+struct Launch {
+  static constexpr int kWords = 488;
+  const double* tower;  // [rows, width], see tower.h
+  std::int64_t width;
+  double horizon, horizon_growth, scale;
+  double* partial;           // [columns, chunks]: sums over each chunk
+  std::int32_t* chunk_rows;  // [chunks]: the row of the tower of each
+  std::int64_t chunks;       // of the whole pass
+  std::int32_t first_chunk;  // of this launch among them
+  std::int32_t tensors;
+  std::int32_t stride;  // words of a tensor
+  std::int32_t extra;   // of these the last ones: pointers beyond the states
+  Mask learn;
+  std::uint64_t words[kWords];
+};
+
+using LaunchFunction = void (*)(const Launch&, std::int64_t blocks, void* stream);
+
+// What one block, or one thread of Count, sees of its tensor.
+struct Entry {
+  const std::uint64_t* words;
+
+  HX_FN Entry(const Launch& launch, int tensor) : words(launch.words + tensor * launch.stride) {}
+  HX_FN std::int64_t count() const { return std::int64_t(words[kCount]); }
+  HX_FN int first_chunk() const { return int(words[kPlace] & 0xffffffffu); }
+  HX_FN int row() const { return int(words[kPlace] >> 32); }
+  HX_FN ScalarType type() const { return ScalarType(words[kFormat] & (kAligned - 1)); }
+  HX_FN bool aligned() const { return (words[kFormat] & kAligned) != 0; }
+  HX_FN std::int64_t& step() const { return *reinterpret_cast<std::int64_t*>(words[kStep]); }
+  HX_FN std::int64_t& tick() const { return *reinterpret_cast<std::int64_t*>(words[kTick]); }
+  template <class T>
+  HX_FN T* pointer(int which) const {
+    return reinterpret_cast<T*>(words[kPointers + which]);
+  }
+};
+
+// The tensor of a chunk: the last one that starts at it or before.
+HX_FN int tensor_of(const Launch& launch, int chunk) {
+  int low = 0, high = launch.tensors;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (Entry(launch, middle).first_chunk() <= chunk)
+      low = middle;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+// A chunk, and how its tensor stands to the tower.
+struct Chunk {
+  Entry entry;
+  std::int64_t begin, count;
+  const double *header, *used, *previous;
+  std::int64_t step;
+  bool ok;        // level 0 moves in this step
+  bool recorded;  // its last update was made at the tower's present tick
+  bool pending;   // or at the one before
+  bool known;     // or at some tick
+
+  HX_FN Chunk(const Launch& launch, int block, int hypers) : entry(launch, tensor_of(launch, block)) {
+    begin = (block - entry.first_chunk()) * kChunk;
+    count = entry.count() - begin < kChunk ? entry.count() - begin : kChunk;
+    header = launch.tower + entry.row() * launch.width;
+    used = header + kHeader;
+    previous = used + hypers;
+    step = entry.step();
+    const double tick = double(entry.tick()), ticks = header[kTicks];
+    ok = header[kOk] != 0.0;
+    recorded = step > 0 && tick == ticks;
+    pending = step > 0 && tick == ticks - 1.0;
+    known = tick >= 0.0;
+  }
+
+  // f(i, n, whole) for every run of n elements from i that is the thread's; whole: they can be read at once.
+  template <class F>
+  HX_FN void each_run(int thread, int threads, F&& f) const {
+    for (std::int64_t at = std::int64_t(thread) * kVector; at < count; at += std::int64_t(threads) * kVector) {
+      const int n = int(count - at < kVector ? count - at : kVector);
+      f(begin + at, n, n == kVector && entry.aligned());
+    }
+  }
+};
+
+// What the traces of the parameter's elements are multiplied by in the step after `step`.
+template <class A>
+HX_FN A keep_of(const Launch& launch, std::int64_t step) {
+  const double part = launch.horizon_growth * double(step + 1);
+  return A(1.0 - 1.0 / (part > launch.horizon ? part : launch.horizon));
+}
+
+template <class S>
+struct alignas(kVector * sizeof(S) < 16 ? kVector * sizeof(S) : 16) Vector {
+  S values[kVector];
+};
+
+template <class S, class A>
+HX_FN void read(const void* start, std::int64_t i, int n, bool whole, A (&to)[kVector]) {
+  const S* const from = static_cast<const S*>(start) + i;
+  if (whole) {
+    const Vector<S> vector = *reinterpret_cast<const Vector<S>*>(from);
+    HX_UNROLL
+    for (int j = 0; j < kVector; ++j) to[j] = A(vector.values[j]);
+  } else {
+    HX_UNROLL
+    for (int j = 0; j < kVector; ++j) to[j] = j < n ? A(from[j]) : A(0);
+  }
+}
+
+template <class S, class A>
+HX_FN void write(const A (&from)[kVector], void* start, std::int64_t i, int n, bool whole) {
+  S* const to = static_cast<S*>(start) + i;
+  if (whole) {
+    Vector<S> vector;
+    HX_UNROLL
+    for (int j = 0; j < kVector; ++j) vector.values[j] = S(from[j]);
+    *reinterpret_cast<Vector<S>*>(to) = vector;
+  } else {
+    HX_UNROLL
+    for (int j = 0; j < kVector; ++j)
+      if (j < n) to[j] = S(from[j]);
+  }
+}
+
+// The same for tensors of the parameter's dtype, which a kernel learns at run time: it is compiled for the arithmetic types.
+template <class A>
+HX_FN void read(ScalarType type, const void* start, std::int64_t i, int n, bool whole, A (&to)[kVector]) {
+  if constexpr (sizeof(A) == 8)
+    read<double>(start, i, n, whole, to);
+  else if (type == kFloat)
+    read<float>(start, i, n, whole, to);
+  else if (type == kHalf)
+    read<c10::Half>(start, i, n, whole, to);
+  else
+    read<c10::BFloat16>(start, i, n, whole, to);
+}
+
+template <class A>
+HX_FN void write(ScalarType type, const A (&from)[kVector], void* start, std::int64_t i, int n, bool whole) {
+  if constexpr (sizeof(A) == 8)
+    write<double>(from, start, i, n, whole);
+  else if (type == kFloat)
+    write<float>(from, start, i, n, whole);
+  else if (type == kHalf)
+    write<c10::Half>(from, start, i, n, whole);
+  else
+    write<c10::BFloat16>(from, start, i, n, whole);
+}
+
+// Adds values [columns][Threads] up over the threads, in a fixed order, into those columns of `partial` that place(column)
+// names.
+template <int Threads, class Team, class F>
+HX_FN void finish_sums(const Team& team, double* values, int columns, const Launch& launch, int block, F&& place) {
+  constexpr int kParts = 16, kPart = Threads / kParts;
+  team.each([&](int thread) {
+    for (int q = thread; q < columns * kParts; q += Threads) {
+      double* const part = values + q / kParts * Threads + q % kParts * kPart;
+      double sum = 0.0;
+      for (int j = 0; j < kPart; ++j) sum += part[j];
+      part[0] = sum;
+    }
+  });
+  team.each([&](int thread) {
+    for (int column = thread; column < columns; column += Threads) {
+      double sum = 0.0;
+      for (int part = 0; part < kParts; ++part) sum += values[column * Threads + part * kPart];
+      launch.partial[place(column) * launch.chunks + launch.first_chunk + block] = sum;
+    }
+  });
+}
+
+template <int Threads, class Team>
+HX_FN void finish_sums(const Team& team, double* values, int columns, const Launch& launch, int block) {
+  finish_sums<Threads>(team, values, columns, launch, block, [](int column) { return column; });
+}
+
+// A pass's sums over its chunks, a block for each number of the result [rows, width].
+struct SumLaunch {
+  const double* partial;
+  const std::int32_t* chunk_rows;
+  std::int64_t chunks;
+  double* result;
+  std::int32_t width;
+  std::int32_t hypers;  // of a hypergradient: width is 2 hypers + 1; else -1, and each column is its own
+  Mask set, learn;      // of the hyperparameters in the columns, and of those asked for
+};
+
+// The arguments of a kernel of the towers, a block each.
+struct TowerLaunch {
+  static constexpr int kTowers = 48;
+  std::int32_t towers;
+  std::int32_t from, to;        // moves the levels from `from` down to `to`,
+  std::int32_t differentiates;  // after the hypergradients were taken
+  TowerView views[kTowers];
+};
+
+// The kernels of a rule for one arithmetic type.
+struct LearnedLaunches {
+  LaunchFunction update, norms, traced_update, hypergradient;
+};
+struct RuleLaunches {
+  LaunchFunction settle, backward, vjp;
+  const LearnedLaunches* sets;  // as Rule::sets
+};
+
+// All of a rule: for fp32 and for fp64.
+struct DeviceRule {
+  const char* name;
+  RuleLaunches arithmetic[2];
+  // Moves coordinates by this rule, for towers that are not compiled with it.
+  void (*level)(const TowerLaunch&, void* stream);
+};
+
+// The rules that have kernels.
+std::vector<const DeviceRule*>& device_rules();
+
+// The kernels that no rule changes, [2]: fp32 and fp64.
+struct VectorLaunches {
+  LaunchFunction squared_norm, products, decay;
+};
+extern const VectorLaunches vector_launches[2];
+
+// After a pass: counts the step of every tensor, or takes the last one off the record.
+void count_steps(const Launch& launch, void* stream);
+void forget_steps(const Launch& launch, void* stream);
+void sum_chunks(const SumLaunch& launch, std::int64_t rows, void* stream);
+
+// All levels by the rules that are built in.
+void move_towers(const TowerLaunch& launch, void* stream);
+void cap_towers(const TowerLaunch& launch, void* stream);
+
+}  // namespace cuda
+}  // namespace hyperopt_ext

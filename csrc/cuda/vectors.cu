@@ -1,0 +1,210 @@
+// The kernels that no rule changes: norms and traces of tensors, and what closes a pass.
+#include "launch.h"
+
+namespace hyperopt_ext {
+namespace cuda {
+namespace {
+
+template <class A>
+struct SquaredNorm {
+  static constexpr int kThreads = cuda::kThreads;
+  struct Shared {
+    double values[kThreads];
+  };
+
+  template <class Team>
+  HX_FN static void block(const Launch& launch, int block, Shared& shared, const Team& team) {
+    const Chunk chunk(launch, block, 0);
+    team.each([&](int thread) {
+      if (thread == 0) launch.chunk_rows[launch.first_chunk + block] = chunk.entry.row();
+      A square = A(0);
+      chunk.each_run(thread, kThreads, [&](std::int64_t i, int n, bool whole) {
+        A g[kVector];
+        read<A>(chunk.entry.type(), chunk.entry.pointer<const void>(Pointer::kGrad), i, n, whole, g);
+        HX_UNROLL
+        for (int j = 0; j < kVector; ++j) square += (A(launch.scale) * g[j]) * (A(launch.scale) * g[j]);
+      });
+      shared.values[thread] = double(square);
+    });
+    finish_sums<kThreads>(team, shared.values, 1, launch, block);
+  }
+};
+
+// Where the pointers beyond the states start: here, the traces.
+HX_FN int first_extra(const Launch& launch) {
+  return launch.stride - kPointers - launch.extra;
+}
+
+// Columns: for each learned hyperparameter, with its trace z, sums of G z, then of z^2, then of G^2.
+template <class A>
+struct TraceProducts {
+  static constexpr int kThreads = cuda::kThreads;
+  struct Shared {
+    double values[3 * kThreads];
+  };
+
+  template <class Team>
+  HX_FN static void block(const Launch& launch, int block, Shared& shared, const Team& team) {
+    const Chunk chunk(launch, block, 0);
+    const int learned = count(launch.learn);
+    for (int k = 0; k < learned; ++k) {
+      const void* const trace = chunk.entry.pointer<const void>(first_extra(launch) + direction(launch.learn, k));
+      team.each([&](int thread) {
+        if (thread == 0) launch.chunk_rows[launch.first_chunk + block] = chunk.entry.row();
+        A product = A(0), norm = A(0), square = A(0);
+        chunk.each_run(thread, kThreads, [&](std::int64_t i, int n, bool whole) {
+          A g[kVector], z[kVector];
+          read<A>(chunk.entry.type(), chunk.entry.pointer<const void>(Pointer::kGrad), i, n, whole, g);
+          read<A>(trace, i, n, whole, z);
+          HX_UNROLL
+          for (int j = 0; j < kVector; ++j) {
+            const A upstream = A(launch.scale) * g[j];
+            product += upstream * z[j];
+            norm += z[j] * z[j];
+            square += upstream * upstream;
+          }
+        });
+        shared.values[thread] = double(product);
+        shared.values[kThreads + thread] = double(norm);
+        shared.values[2 * kThreads + thread] = double(square);
+      });
+      finish_sums<kThreads>(team, shared.values, 3, launch, block,
+                            [=](int column) { return column == 2 ? 2 * learned : column * learned + k; });
+    }
+  }
+};
+
+// z <- keep z for the traces of a tensor that sits a step out.
+template <class A>
+struct Decay {
+  static constexpr int kThreads = cuda::kThreads;
+  struct Shared {};
+
+  template <class Team>
+  HX_FN static void block(const Launch& launch, int block, Shared&, const Team& team) {
+    const Chunk chunk(launch, block, 0);
+    if (!chunk.ok || !chunk.known) return;
+    team.each([&](int thread) {
+      const A keep = keep_of<A>(launch, chunk.step);
+      for (int k = 0; k < launch.extra; ++k) {
+        void* const trace = chunk.entry.pointer<void>(first_extra(launch) + k);
+        if (trace == nullptr) continue;
+        chunk.each_run(thread, kThreads, [&](std::int64_t i, int n, bool whole) {
+          A z[kVector];
+          read<A>(trace, i, n, whole, z);
+          HX_UNROLL
+          for (int j = 0; j < kVector; ++j) z[j] *= keep;
+          write<A>(z, trace, i, n, whole);
+        });
+      }
+    });
+  }
+};
+
+// f(entry, header of its row) for every tensor of a launch, by one block.
+template <class F>
+HX_FN void each_tensor(const Launch& launch, int thread, int threads, F&& f) {
+  for (int tensor = thread; tensor < launch.tensors; tensor += threads) {
+    const Entry entry(launch, tensor);
+    f(entry, launch.tower + entry.row() * launch.width);
+  }
+}
+
+struct CountSteps {
+  static constexpr int kThreads = 64;
+  struct Shared {};
+
+  template <class Team>
+  HX_FN static void block(const Launch& launch, int, Shared&, const Team& team) {
+    team.each([&](int thread) {
+      each_tensor(launch, thread, kThreads, [](const Entry& entry, const double* header) {
+        if (header[kOk] == 0.0) return;
+        entry.step() += 1;
+        entry.tick() = std::int64_t(header[kTicks]);
+      });
+    });
+  }
+};
+
+struct ForgetSteps {
+  static constexpr int kThreads = 64;
+  struct Shared {};
+
+  template <class Team>
+  HX_FN static void block(const Launch& launch, int, Shared&, const Team& team) {
+    team.each([&](int thread) {
+      each_tensor(launch, thread, kThreads, [](const Entry& entry, const double* header) {
+        if (header[kOk] != 0.0 && entry.tick() >= 0) entry.tick() = -1;
+      });
+    });
+  }
+};
+
+struct SumChunks {
+  static constexpr int kThreads = cuda::kThreads;
+  struct Shared {
+    double sums[kThreads];
+    int found[kThreads];
+  };
+
+  // The column that a number of the result is the sum of; -1: it is 0.
+  HX_FN static int source(const SumLaunch& launch, int column) {
+    if (launch.hypers < 0) return column;
+    const int learned = count(launch.set), hyper = column % launch.hypers;
+    if (column == 2 * launch.hypers) return 2 * learned;
+    if ((launch.learn & bit(hyper)) == 0) return -1;
+    return position(launch.set, hyper) + (column < launch.hypers ? 0 : learned);
+  }
+
+  template <class Team>
+  HX_FN static void block(const SumLaunch& launch, int block, Shared& shared, const Team& team) {
+    const int row = block / launch.width, column = block % launch.width;
+    const int from = source(launch, column);
+    team.each([&](int thread) {
+      double sum = 0.0;
+      int found = 0;
+      for (std::int64_t chunk = thread; from >= 0 && chunk < launch.chunks; chunk += kThreads) {
+        if (launch.chunk_rows[chunk] != row) continue;
+        sum += launch.partial[from * launch.chunks + chunk];
+        found = 1;
+      }
+      shared.sums[thread] = sum;
+      shared.found[thread] = found;
+    });
+    for (int half = kThreads / 2; half > 0; half /= 2)
+      team.each([&](int thread) {
+        if (thread >= half) return;
+        shared.sums[thread] += shared.sums[thread + half];
+        shared.found[thread] |= shared.found[thread + half];
+      });
+    team.each([&](int thread) {
+      if (thread != 0) return;
+      const bool absent = launch.hypers >= 0 && column == 2 * launch.hypers && shared.found[0] == 0;
+      launch.result[block] = absent ? -1.0 : shared.sums[0];
+    });
+  }
+};
+
+template <class A>
+constexpr VectorLaunches launches() {
+  return {launch<SquaredNorm<A>, Launch>, launch<TraceProducts<A>, Launch>, launch<Decay<A>, Launch>};
+}
+
+}  // namespace
+
+const VectorLaunches vector_launches[2] = {launches<float>(), launches<double>()};
+
+void count_steps(const Launch& arguments, void* stream) {
+  launch<CountSteps>(arguments, 1, stream);
+}
+
+void forget_steps(const Launch& arguments, void* stream) {
+  launch<ForgetSteps>(arguments, 1, stream);
+}
+
+void sum_chunks(const SumLaunch& arguments, std::int64_t rows, void* stream) {
+  launch<SumChunks>(arguments, rows * arguments.width, stream);
+}
+
+}  // namespace cuda
+}  // namespace hyperopt_ext

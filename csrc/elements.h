@@ -1,0 +1,225 @@
+// One element of a step, of its hypergradient and of its vector-Jacobian product, for any rule: what the loops of
+// cpu/kernels.h and the threads of cuda/kernels.h have in common.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include "rule.h"
+
+namespace hyperopt_ext {
+namespace {  // functions with target_clones, which inline these, need internal linkage
+
+// Arithmetic and state of half-precision parameters are fp32.
+template <class T>
+using Arithmetic = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// The elements of a slice, typed. G: the type behind last_grad.
+template <class R, class T, class G = Arithmetic<T>>
+struct Elements {
+  using A = Arithmetic<T>;
+  static constexpr auto kStates = std::make_index_sequence<R::state.size()>{};
+  T* w;
+  const T* g;
+  A* s[kMaxStates];
+  G* last_g;
+  T* last_w;
+  A scale;
+
+  Elements() = default;
+  HX_FN explicit Elements(const Slice& x)
+      : w(static_cast<T*>(x.param)),
+        g(static_cast<const T*>(x.grad)),
+        last_g(static_cast<G*>(x.last_grad)),
+        last_w(static_cast<T*>(x.last_param)),
+        scale(A(x.scale)) {
+    for (int k = 0; k < kMaxStates; ++k) s[k] = static_cast<A*>(x.state[k]);
+  }
+
+  HX_FN auto param(std::int64_t i) const { return constant(A(w[i])); }
+  HX_FN auto grad(std::int64_t i) const { return constant(scale * A(g[i])); }
+  HX_FN auto last_param(std::int64_t i) const { return constant(A(last_w[i])); }
+  HX_FN auto last_grad(std::int64_t i) const { return constant(A(last_g[i])); }
+  HX_FN void set_param(std::int64_t i, A value) const { w[i] = T(value); }
+  // To the bit, and not as a struct: see Dual.
+  HX_FN void keep_param(std::int64_t i) const {
+    if constexpr (sizeof(T) == 2)
+      last_w[i].x = w[i].x;
+    else
+      last_w[i] = w[i];
+  }
+  HX_FN auto state(std::int64_t i) const { return state(i, kStates); }
+  HX_FN auto variable_state(std::int64_t i) const { return variable_state(i, kStates); }
+  template <class State>
+  HX_FN void set_state(std::int64_t i, const State& values) const {
+    set_state(i, values, kStates);
+  }
+
+ private:
+  template <std::size_t... I>
+  HX_FN auto state([[maybe_unused]] std::int64_t i, std::index_sequence<I...>) const {
+    return pack(constant(s[I][i])...);
+  }
+  template <std::size_t... I>
+  HX_FN auto variable_state([[maybe_unused]] std::int64_t i, std::index_sequence<I...>) const {
+    return pack(variable<kOfState + int(I)>(s[I][i])...);
+  }
+  template <class State, std::size_t... I>
+  HX_FN void set_state([[maybe_unused]] std::int64_t i, const State& values, std::index_sequence<I...>) const {
+    ((s[I][i] = std::get<I>(values).value), ...);
+  }
+};
+
+// The rule's functions over what advance() returns. advance() itself reads the state at the front of that.
+template <class R, class P, class E, class State, std::size_t... I>
+HX_FN auto advance(const P& p, const E& e, const State& state, std::index_sequence<I...>) {
+  return R::advance(p, e, std::get<I>(state)...);
+}
+template <class R, class P, class E, class State>
+HX_FN auto advance(const P& p, const E& e, const State& state) {
+  return advance<R>(p, e, state, std::make_index_sequence<R::state.size()>{});
+}
+template <class R, class P, class E, class W, class... S, std::size_t... I>
+HX_FN auto change(const P& p, const E& e, const W& w, const std::tuple<S...>& state, std::index_sequence<I...>) {
+  return R::change(p, e, w, std::get<I>(state)...);
+}
+template <class R, class P, class E, class W, class... S>
+HX_FN auto change(const P& p, const E& e, const W& w, const std::tuple<S...>& state) {
+  return change<R>(p, e, w, state, std::index_sequence_for<S...>{});
+}
+
+// One step of an element from the state before it, which is what is stored if the rule defers its state.
+template <class R, unsigned Keep, class P, class X, class Before>
+HX_FN void make_step(const P& p, const X& x, std::int64_t i, const Before& before) {
+  const auto w = x.param(i);
+  const auto e = x.grad(i) + R::penalty(p, w);
+  const auto after = advance<R>(p, e, before);
+  if constexpr ((Keep & kDeferred) != 0)
+    x.set_state(i, before);
+  else
+    x.set_state(i, after);
+  if constexpr ((Keep & kGrad) != 0) x.last_g[i] = e.value;
+  if constexpr ((Keep & kParam) != 0) x.keep_param(i);
+  x.set_param(i, (w + change<R>(p, e, w, after)).value);
+}
+
+// The change that make_step() would make.
+template <class R, class P, class X, class Before>
+HX_FN auto coming_change(const P& p, const X& x, std::int64_t i, const Before& before) {
+  const auto w = x.param(i);
+  const auto e = x.grad(i) + R::penalty(p, w);
+  return change<R>(p, e, w, advance<R>(p, e, before)).value;
+}
+
+// One step of an element without a record; its change, with the derivatives that go into the traces.
+template <class R, class P, class X>
+HX_FN auto make_traced_step(const P& p, const X& x, std::int64_t i) {
+  const auto w = x.param(i);
+  const auto e = x.grad(i) + R::penalty(p, w);
+  const auto after = advance<R>(p, e, x.state(i));
+  const auto delta = change<R>(p, e, w, after);
+  x.set_state(i, after);
+  x.set_param(i, w.value + delta.value);
+  return delta;
+}
+
+// The state after the last step, from the stored one.
+template <class R, bool Before, class P, class E, class State>
+HX_FN auto state_after(const P& p, const E& e, const State& stored) {
+  if constexpr (Before)
+    return advance<R>(p, e, stored);
+  else
+    return stored;
+}
+
+// The parameter before the last step and its effective gradient, the latter with its tangents.
+template <class R, Mask S, bool Given, bool Before, class P, class X, class State>
+HX_FN auto last_inputs(const P& p, const X& x, std::int64_t i, const State& stored) {
+  using A = typename X::A;
+  constexpr unsigned kept = RecordOf<R, S>;
+  if constexpr (Given) {
+    const auto w = x.last_param(i);
+    return pack(w, x.last_grad(i) + R::penalty(p, w));
+  } else if constexpr ((kept & kGrad) == 0) {
+    if constexpr ((kept & kParam) != 0)
+      return pack(x.last_param(i), constant(A(0)));
+    else
+      return pack(constant(A(0)), constant(A(0)));
+  } else if constexpr (!PenaltyIsLearned<R, S>) {
+    if constexpr ((kept & kParam) != 0)
+      return pack(x.last_param(i), x.last_grad(i));
+    else
+      return pack(constant(A(0)), x.last_grad(i));
+  } else {
+    const auto e = x.last_grad(i);
+    const auto w = [&]() HX_LAMBDA {
+      if constexpr ((kept & kParam) != 0)
+        return x.last_param(i);
+      else  // change() does not read w, or kParam would be set
+        return constant(A(x.w[i]) - change<R>(p, e, constant(A(0)), state_after<R, Before>(p, e, stored)).value);
+    }();
+    auto with_tangents = R::penalty(p, w);
+    with_tangents.value = e.value;
+    return pack(w, with_tangents);
+  }
+}
+
+// The last change of an element, with its derivatives with respect to the hyperparameters S.
+//
+// Given = false: the last step as its record tells it (RecordOf). Given = true: as its inputs tell it, w in last_param,
+// the gradient in last_grad, and the state before the step.
+template <class R, Mask S, bool Given, class P, class X>
+HX_FN auto last_change(const P& p, const X& x, std::int64_t i) {
+  constexpr bool before = Given || (RecordOf<R, S> & kDeferred) != 0;
+  const auto stored = x.state(i);
+  const auto [w, e] = last_inputs<R, S, Given, before>(p, x, i, stored);
+  return change<R>(p, e, w, state_after<R, before>(p, e, stored));
+}
+
+// The vector-Jacobian product of a step, from its inputs as they are Given to last_change(): above(k) is d loss / d of the
+// k-th state after the step, and that of the parameter is in x.grad(). Calls below(0, ...) with d loss / d parameter, below(1,
+// ...) with d gradient, below(2 + k, ...) with d of the k-th state before it, and sum(k, ...) with d of the k-th
+// hyperparameter.
+template <class R, class P, class X, class Above, class Below, class Sum>
+HX_FN void pull_back(const P& p, const X& x, std::int64_t i, Above&& above, Below&& below, Sum&& sum) {
+  using A = typename X::A;
+  constexpr Mask states = ((Mask(1) << R::state.size()) - 1) << kOfState;
+  const auto w = variable<kOfParam>(x.last_param(i).value);
+  const auto e = variable<kOfGrad>(x.last_grad(i).value) + R::penalty(p, w);
+  const auto after = advance<R>(p, e, x.variable_state(i));
+  const auto updated = w + change<R>(p, e, w, after);
+  const A upstream = x.grad(i).value;
+  const auto pull = [&](auto d) HX_LAMBDA {
+    A total = upstream * updated.template tangent<d>();
+    each_direction<states>(
+        [&](auto s) HX_LAMBDA { total += above(s - kOfState) * std::get<s - kOfState>(after).template tangent<d>(); });
+    return total;
+  };
+  each_direction<kAllHypers<R>>([&](auto d) HX_LAMBDA { sum(int(d), pull(d)); });
+  below(0, pull(std::integral_constant<int, kOfParam>{}));
+  below(1, pull(std::integral_constant<int, kOfGrad>{}));
+  each_direction<states>([&](auto d) HX_LAMBDA { below(2 + d - kOfState, pull(d)); });
+}
+
+// One level of a scalar tower (LevelKernel in rule.h).
+template <class R>
+HX_FN void move_coordinates(const double* hyper, double step, int n, int begin, int end, double* x, const double* grad,
+                            double* state, double* tangents) {
+  constexpr Mask all = kAllHypers<R>;
+  constexpr int hypers = int(R::hypers.size());
+  const auto p = R::prepare(Hypers<all>{hyper}, step);
+  Elements<R, double> s;
+  for (int k = 0; k < kMaxStates; ++k) s.s[k] = state + k * n;
+  for (int j = begin; j < end; ++j) {
+    const auto w = constant(x[j - begin]);
+    const auto e = constant(grad[j]) + R::penalty(p, w);
+    const auto after = advance<R>(p, e, s.state(j));
+    const auto delta = change<R>(p, e, w, after);
+    s.set_state(j, after);
+    x[j - begin] += delta.value;
+    each_direction<all>([&](auto d) HX_LAMBDA { tangents[(j - begin) * hypers + d] = delta.template tangent<d>(); });
+  }
+}
+
+}  // namespace
+}  // namespace hyperopt_ext

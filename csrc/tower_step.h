@@ -1,0 +1,383 @@
+// One step of a scalar tower, and its cap: the code that tower.cpp runs on the CPU and cuda/tower.cu on a GPU.
+//
+// It is shared out among the workers of a team, in phases: `lanes` of them take a row together, a hyperparameter of a level
+// each, and with lanes = 1 one worker takes whole levels. Team has
+//
+//   kWorkers, kLanes     numbers of workers, and of those that share a row
+//   each(f)              f(worker) for every worker; all are through before it returns to any of them
+//
+// and a Call moves coordinates by the rule of a level: see LevelKernel in rule.h.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "tower.h"
+
+namespace hyperopt_ext {
+namespace tower {
+
+HX_FN double value_at(Space space, double x) {
+  switch (space) {
+    case Space::log:
+    case Space::multiplicative: return std::exp(x);
+    case Space::square: return x * x;
+    case Space::softplus: return (x > 0.0 ? x : 0.0) + std::log1p(std::exp(-std::fabs(x)));
+    case Space::tanh: return 0.5 * (std::tanh(x) + 1.0);
+    default: return x;
+  }
+}
+
+HX_FN double slope_at(Space space, double x, double h) {
+  switch (space) {
+    case Space::log:
+    case Space::multiplicative: return h;
+    case Space::square: return 2.0 * x;
+    case Space::softplus: return 1.0 / (1.0 + std::exp(-x));
+    case Space::tanh: return 2.0 * h * (1.0 - h);
+    default: return 1.0;
+  }
+}
+
+HX_FN double clamp(double x, double low, double high) {
+  return x < low ? low : x > high ? high : x;
+}
+
+// Always finite: the ends of a range that no coordinate reaches (beta = 0 under tanh) map to one where the slope vanishes.
+HX_FN double coordinate_of(Space space, double h) {
+  switch (space) {
+    case Space::log:
+    case Space::multiplicative: return clamp(std::log(h), -700.0, kInfinity);
+    case Space::square: return std::sqrt(h);
+    case Space::softplus: return h + clamp(std::log(-std::expm1(-h)), -700.0, kInfinity);
+    case Space::tanh: return clamp(0.5 * std::log(h / (1.0 - h)), -20.0, 20.0);
+    default: return h;
+  }
+}
+
+HX_FN bool is_finite(double x) {
+  return std::fabs(x) <= std::numeric_limits<double>::max();
+}
+
+// Parameters whose root mean square is smaller than this count as if it were this, where an update is measured by them (as
+// in Adafactor: Shazeer & Stern, ICML 2018, Algorithm 4).
+constexpr double kSmallestRms = 1e-3;
+
+// One level of one row.
+struct Level {
+  LevelRow row;
+  const std::int64_t* plan;
+  const double* bounds;    // [hypers, 2]
+  const double* settings;  // [kSettings]
+  Mask learn;
+
+  HX_FN Level(const TowerView& tower, std::int64_t at, int k)
+      : row(tower.row_of(at, k)),
+        plan(tower.level(k)),
+        bounds(tower.bounds + 2 * plan[kBounds]),
+        settings(tower.settings + k * kSettings),
+        learn(Mask(plan[kLearn])) {}
+  HX_FN Space space(int i) const { return Space((plan[kCoordinates] >> (kSpaceBits * i)) & ((1 << kSpaceBits) - 1)); }
+  HX_FN bool learns(int i) const { return (learn & bit(i)) != 0; }
+  HX_FN bool is_lr(int i) const { return i == int(plan[kLr]); }
+};
+
+// What a step keeps in TowerView::scratch.
+struct Scratch {
+  std::int64_t learned;
+  double *exact, *applied;  // [rows, learned]: d loss / d coordinate; the same, normalised and clipped
+  double* finite;           // [rows]
+  double* shared;           // [kMaxHypers, 3]: Products that the rows have in common
+  double* all_finite;       // of the rows that take part
+  double* any;              // whether one does
+
+  HX_FN explicit Scratch(const TowerView& tower) : learned(tower.learned()) {
+    exact = tower.scratch;
+    applied = exact + tower.rows * learned;
+    finite = applied + tower.rows * learned;
+    shared = finite + tower.rows;
+    all_finite = shared + 3 * kMaxHypers;
+    any = all_finite + 1;
+  }
+};
+
+// What traces are multiplied by at the `step`-th move by this level.
+HX_FN double keep_of(const Level& level, double step) {
+  const double part = level.settings[kHorizonGrowth] * step, steps = level.settings[kHorizon];
+  return 1.0 - 1.0 / (part > steps ? part : steps);
+}
+
+// d(t) of the convergent step size gamma_t = d(t) alpha_t + (1 - d(t)) alpha_inf, with t d(t) -> 0 (Baydin et al., ICLR
+// 2018, section 5), where alpha_t is the learned one.
+HX_FN double learned_part(const Level& level, double t) {
+  const double times = t / level.settings[kLimitSteps];
+  return 1.0 / (1.0 + times * times);
+}
+
+// A value that the user wrote since the last step, projected to its bounds, becomes the coordinate that is moved from here
+// on. What is not finite is not taken.
+HX_FN void adopt_write(const Level& level, int i) {
+  double& live = level.row.live[i];
+  if (live == level.row.seen[i]) return;
+  live = is_finite(live) ? clamp(live, level.bounds[2 * i], level.bounds[2 * i + 1]) : level.row.seen[i];
+  level.row.x[i] = coordinate_of(level.space(i), live);
+}
+
+// Without an update there is nothing to differentiate, and traces fade: those of the coordinates begin to end - 1.
+HX_FN void fade(const Level& above, double step, int begin, int end) {
+  const double keep = keep_of(above, step);
+  for (int k = begin * above.row.hypers; k < end * above.row.hypers; ++k) {
+    double& t = above.row.tangents[k];
+    t = keep == 0.0 ? 0.0 : keep * t;
+  }
+}
+
+// Moves the learned ones of the hyperparameters first to last - 1 of `level` by the rule of the level above.
+template <class Call>
+HX_FN void move(const Call& call, const Level& level, const Level& above, double step, const double* gradients,
+                int first, int last) {
+  const LevelRow& r = level.row;
+  const int columns = above.row.hypers, n = above.row.n;
+  const int begin = position(level.learn, first), end = position(level.learn, last);
+  if (begin == end) return;
+  double x[Call::kCapacity], fresh[Call::kCapacity * kMaxHypers];
+  for (int i = first, j = 0; i < last; ++i)
+    if (level.learns(i)) x[j++] = r.x[i];
+  call(above.plan, above.row.used, step, n, begin, end, x, gradients, above.row.state, fresh);
+
+  const double keep = keep_of(above, step);
+  for (int i = first, j = 0; i < last; ++i) {
+    if (!level.learns(i)) continue;
+    double moved = x[j], slope = 1.0;
+    if (level.space(i) == Space::multiplicative) {
+      const double factor = 1.0 + (moved - r.x[i]);
+      moved = factor > 0.0 ? r.x[i] + std::log(factor) : coordinate_of(Space::log, 0.0);
+      slope = factor > 0.0 ? 1.0 / factor : 0.0;
+    }
+    double* const tangents = above.row.tangents + (begin + j) * columns;
+    for (int k = 0; k < columns; ++k) {
+      const double t = slope * fresh[j * columns + k];
+      tangents[k] = keep == 0.0 ? t : keep * tangents[k] + t;
+    }
+    ++j;
+    if (moved == r.x[i] || !is_finite(moved)) continue;
+    const double value = value_at(level.space(i), moved);
+    double kept = clamp(value, level.bounds[2 * i], level.bounds[2 * i + 1]);
+    const double most = level.settings[kGrowth] * r.live[i];
+    if (level.is_lr(i) && is_finite(level.settings[kGrowth]) && kept > most) kept = most;
+    if (!is_finite(kept)) continue;
+    r.x[i] = kept == value ? moved : coordinate_of(level.space(i), kept);
+    r.bounded[i] += kept == value ? 0.0 : 1.0;
+    r.live[i] = kept;
+  }
+}
+
+// Makes the live value that of the next update, the `t`-th.
+HX_FN void use(const Level& level, int i, double t) {
+  const LevelRow& r = level.row;
+  r.previous[i] = r.used[i];
+  r.used[i] = r.live[i];
+  r.seen[i] = r.live[i];
+  if (level.is_lr(i) && is_finite(level.settings[kLimitSteps])) {
+    const double part = learned_part(level, t);
+    r.used[i] = part * r.live[i] + (1.0 - part) * level.settings[kLimit];
+  }
+}
+
+// What is known of the derivative of the loss with respect to one hyperparameter: <G, z>, |z|^2 and |G|^2, where G is the
+// gradient of what its level moves and z the derivative of that level's last update.
+struct Products {
+  double gz, zz, gg;
+  HX_FN void add(const Products& other) {
+    gz += other.gz;
+    zz += other.zz;
+    gg += other.gg;
+  }
+};
+
+HX_FN bool is_shared(const TowerView& tower, int k) {
+  return tower.rows > 1 && tower.settings[k * kSettings + kPerTensor] == 0.0;
+}
+
+// The square of the gradient's norm in a row; -1: it has no parameters in this step.
+HX_FN double squared_norm(const TowerView& tower, std::int64_t row) {
+  return tower.sums[(row + 1) * (2 * tower.level(0)[kHypers] + 1) - 1];
+}
+
+HX_FN Products products_of(const TowerView& tower, const Scratch& scratch, int k, int hyper, std::int64_t row) {
+  if (k == 0) {
+    const std::int64_t hypers = tower.level(0)[kHypers];
+    const double* const own = tower.sums + row * (2 * hypers + 1);
+    const double gg = own[2 * hypers];
+    return {own[hyper], own[hypers + hyper], gg < 0.0 ? 0.0 : gg};
+  }
+  const LevelRow r = tower.row_of(row, k);
+  const double* const below = scratch.exact + row * scratch.learned + tower.level(k - 1)[kGradient];
+  Products p{};
+  for (int j = 0; j < r.n; ++j) {
+    const double g = below[j], z = r.tangents[j * r.hypers + hyper];
+    p.add({g * z, z * z, g * g});
+  }
+  return p;
+}
+
+// f(row, first, last) for the rows and the hyperparameters of a level that are a worker's.
+template <class Team, class F>
+HX_FN void each_share(const TowerView& tower, int k, int worker, F&& f) {
+  const int hypers = int(tower.level(k)[kHypers]), lane = worker % Team::kLanes;
+  const int first = Team::kLanes == 1 ? 0 : lane, last = Team::kLanes == 1 ? hypers : lane + 1;
+  if (first >= hypers) return;
+  for (std::int64_t row = worker / Team::kLanes; row < tower.rows; row += Team::kWorkers / Team::kLanes)
+    f(row, first, last);
+}
+
+// The hypergradients, from the lowest level up. Where the rows begin to share a level, they are summed over the rows.
+template <class Team>
+HX_FN void differentiate(const Team& team, const TowerView& tower, const Scratch& scratch) {
+  team.each([&](int worker) {
+    for (std::int64_t row = worker; row < tower.rows; row += Team::kWorkers) scratch.finite[row] = 1.0;
+  });
+  for (int k = 0; k + 1 < tower.levels; ++k) {
+    const Mask learn = Mask(tower.level(k)[kLearn]);
+    const bool summed = is_shared(tower, k) && (k == 0 || !is_shared(tower, k - 1));
+    if (summed)
+      team.each([&](int worker) {
+        for (int i = worker; i < int(tower.level(k)[kHypers]); i += Team::kWorkers) {
+          Products sum{};
+          if ((learn & bit(i)) != 0)
+            for (std::int64_t row = 0; row < tower.rows; ++row) sum.add(products_of(tower, scratch, k, i, row));
+          double* const shared = scratch.shared + 3 * i;
+          shared[0] = sum.gz, shared[1] = sum.zz, shared[2] = sum.gg;
+        }
+      });
+    team.each([&](int worker) {
+      each_share<Team>(tower, k, worker, [&](std::int64_t row, int first, int last) {
+        const Level level(tower, row, k);
+        for (int i = first; i < last; ++i) {
+          if (!level.learns(i)) continue;
+          const double* const shared = scratch.shared + 3 * i;
+          const Products p =
+              summed ? Products{shared[0], shared[1], shared[2]} : products_of(tower, scratch, k, i, row);
+          double slope = slope_at(level.space(i), level.row.x[i], level.row.seen[i]);
+          if (level.is_lr(i)) slope *= learned_part(level, tower.header(row)[k == 0 ? kTicks : kMoves]);
+          const double g = slope * p.gz;
+          const double cosine = p.gz == 0.0 ? 0.0 : p.gz / (std::sqrt(p.zz) * std::sqrt(p.gg));
+          const double a = level.settings[kNormalize] != 0.0 ? cosine : g;
+          const std::int64_t at = row * scratch.learned + level.plan[kGradient] + position(learn, i);
+          scratch.exact[at] = g;
+          scratch.applied[at] = a;
+          if (!is_finite(g) || !is_finite(a)) scratch.finite[row] = 0.0;
+        }
+      });
+    });
+    const double most = tower.settings[k * kSettings + kClip];
+    if (!is_finite(most)) continue;
+    team.each([&](int worker) {
+      for (std::int64_t row = worker; row < tower.rows; row += Team::kWorkers) {
+        double* const g = scratch.applied + row * scratch.learned + tower.level(k)[kGradient];
+        double square = 0.0;
+        for (int j = 0; j < count(learn); ++j) square += g[j] * g[j];
+        if (std::sqrt(square) > most)
+          for (int j = 0; j < count(learn); ++j) g[j] *= most / std::sqrt(square);
+      }
+    });
+  }
+}
+
+// What each row does in this step, and its counters.
+template <class Team>
+HX_FN void decide(const Team& team, const TowerView& tower, const Scratch& scratch) {
+  // Rows that share a level above the first stay in step: they move, or not, together.
+  bool coupled = false;
+  for (int k = 1; k < tower.levels; ++k) coupled = coupled || (tower.level(k)[kLearn] != 0 && is_shared(tower, k));
+  if (tower.rows > 1)
+    team.each([&](int worker) {
+      if (worker != 0) return;
+      *scratch.any = 0.0, *scratch.all_finite = 1.0;
+      for (std::int64_t row = 0; row < tower.rows; ++row) {
+        if (!is_finite(squared_norm(tower, row)) || squared_norm(tower, row) < 0.0) continue;
+        *scratch.any = 1.0;
+        if (scratch.finite[row] == 0.0) *scratch.all_finite = 0.0;
+      }
+    });
+  team.each([&](int worker) {
+    for (std::int64_t row = worker; row < tower.rows; row += Team::kWorkers) {
+      double* const head = tower.header(row);
+      const bool finite = coupled ? *scratch.all_finite != 0.0 : scratch.finite[row] != 0.0;
+      const bool takes_part = squared_norm(tower, row) != -1.0;
+      const bool skips =
+          takes_part && (!is_finite(squared_norm(tower, row)) || (!finite && tower.settings[kSkip] != 0.0));
+      const bool moving = takes_part && !skips;
+      const bool moves = finite && (moving || (coupled && *scratch.any != 0.0));
+      head[kOk] = moving ? 1.0 : 0.0;
+      head[kMoving] = moves ? 1.0 : 0.0;
+      head[kTicks] += moving ? 1.0 : 0.0;
+      head[kMoves] += moves ? 1.0 : 0.0;
+      head[kSkipped] += skips ? 1.0 : 0.0;
+      head[kHeld] += moving && !finite ? 1.0 : 0.0;
+      if (row == 0) continue;
+      for (int k = 0; k < tower.levels; ++k) {  // what the user wrote to a shared level stands in the first row
+        if (!is_shared(tower, k)) continue;
+        const LevelRow first = tower.row_of(0, k), own = tower.row_of(row, k);
+        for (int i = 0; i < own.hypers; ++i) own.live[i] = first.live[i];
+      }
+    }
+  });
+}
+
+// Moves level k of every row, and makes its values those of the next update.
+template <class Team, class Call>
+HX_FN void move_level(const Team& team, const Call& call, const TowerView& tower, const Scratch& scratch, int k) {
+  team.each([&](int worker) {
+    each_share<Team>(tower, k, worker, [&](std::int64_t row, int first, int last) {
+      const double* const head = tower.header(row);
+      const bool moving = head[kOk] != 0.0, moves = head[kMoving] != 0.0;
+      if (!moving && !moves) return;
+      const Level level(tower, row, k);
+      const double step = head[kMoves] - level.settings[kBurnIn];
+      const bool updates = k > 0 || moving;
+      if (updates)
+        for (int i = first; i < last; ++i) adopt_write(level, i);
+      if (level.learn != 0) {
+        const Level above(tower, row, k + 1);
+        const double* const gradients = scratch.applied + row * scratch.learned + level.plan[kGradient];
+        if (updates && moves && step > 0.0)
+          move(call, level, above, step, gradients, first, last);
+        else
+          fade(above, step, position(level.learn, first), position(level.learn, last));
+      }
+      if (updates)
+        for (int i = first; i < last; ++i) use(level, i, head[k == 0 ? kTicks : kMoves]);
+    });
+  });
+}
+
+// A whole step.
+template <class Team, class Call>
+HX_FN void step(const Team& team, const Call& call, const TowerView& tower) {
+  const Scratch scratch(tower);
+  differentiate(team, tower, scratch);
+  decide(team, tower, scratch);
+  for (int k = tower.levels; k-- > 0;) move_level(team, call, tower, scratch, k);
+}
+
+// Lowers the lr of level 0 of one row where the coming update is larger than `trust` allows.
+HX_FN void cap(const TowerView& tower, std::int64_t row) {
+  const Level level(tower, row, 0);
+  const int lr = int(level.plan[kLr]);
+  if (tower.header(row)[kOk] == 0.0 || lr < 0) return;
+  const double* const norms = tower.sums + 3 * row;
+  const LevelRow& r = level.row;
+  const double update = r.used[lr] * std::sqrt(norms[0]), elements = norms[2];
+  const double size = std::sqrt(norms[1]), least = kSmallestRms * std::sqrt(elements);
+  const double most = level.settings[kTrust] * (size < least ? least : size);
+  if (!(update > most)) return;
+  r.used[lr] *= most / update;
+  r.bounded[lr] += 1.0;
+  if (!level.learns(lr) || r.live[lr] <= r.used[lr]) return;
+  r.live[lr] = r.seen[lr] = r.used[lr];
+  r.x[lr] = coordinate_of(level.space(lr), r.used[lr]);
+}
+
+}  // namespace tower
+}  // namespace hyperopt_ext

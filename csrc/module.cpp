@@ -1,6 +1,10 @@
 // hyperopt_ext._C: defines the operators, and tells Python what rules there are, so that the two sides cannot drift.
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
 #include "ops.h"
 #include "tower.h"
 
@@ -37,6 +41,32 @@ py::dict describe(const Rule& rule, int id) {
   return result;
 }
 
+// Takes over the rules of another library, all or none; those that are here already stay. Returns their names.
+std::vector<std::string> add_rules(const Library& from) {
+  const Library& own = library();
+  if (std::strcmp(from.headers, own.headers) != 0 || from.rule_bytes != own.rule_bytes)
+    throw std::runtime_error(
+        "was compiled with the headers of another version of hyperopt_ext than the one that is running; build it "
+        "again");
+  std::vector<std::string> names;
+  std::vector<const Rule*> added;
+  for (std::size_t i = 0; i < from.count; ++i) {
+    const Rule* const rule = from.rules[i];
+    const bool twice = std::find(names.begin(), names.end(), rule->name) != names.end();
+    names.emplace_back(rule->name);
+    if (std::find(rules().begin(), rules().end(), rule) != rules().end()) continue;
+    if (twice || is_defined(rule->name))
+      throw std::invalid_argument("has a rule called '" + names.back() + "', but this name is taken" +
+                                  (twice ? "" : "; to load a rule that was changed, start a new process"));
+    added.push_back(rule);
+  }
+  for (const Rule* rule : added) {
+    define_ops(*rule);
+    rules().push_back(rule);
+  }
+  return names;
+}
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   define_tower_ops();
   for (const Rule* rule : rules()) define_ops(*rule);
@@ -50,6 +80,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     for (std::size_t i = 0; i < rules().size(); ++i) result.append(describe(*rules()[i], int(i)));
     return result;
   });
+  m.def(
+      "add_rules", [](std::uintptr_t address) { return add_rules(*reinterpret_cast<const Library*>(address)); },
+      "Adds the rules of another shared library, from what its hyperopt_ext_library() returns, and gives their names.");
   m.attr("SETTINGS") = std::vector<std::string>(kSettingNames.begin(), kSettingNames.end());
   m.def(
       "record",

@@ -31,7 +31,7 @@ using at::Tensor;
 using at::TensorList;
 using torch::autograd::variable_list;
 
-torch::Library& library() {
+torch::Library& torch_library() {
   static auto* const lib =
       new torch::Library(torch::Library::FRAGMENT, "hyperopt_ext", std::nullopt, __FILE__, __LINE__);
   return *lib;
@@ -39,7 +39,7 @@ torch::Library& library() {
 
 template <class F>
 void impl(const std::string& name, c10::DispatchKey key, F&& kernel) {
-  library().impl(name.c_str(), torch::dispatch(key, torch::CppFunction(std::forward<F>(kernel))));
+  torch_library().impl(name.c_str(), torch::dispatch(key, torch::CppFunction(std::forward<F>(kernel))));
 }
 
 // A kernel for lists of CPU tensors. One sparse tensor among them makes the dispatcher look for a sparse kernel: the same
@@ -221,10 +221,14 @@ struct UpdateFunction : torch::autograd::Function<UpdateFunction> {
 
 }  // namespace
 
+bool is_defined(const std::string& name) {
+  return c10::Dispatcher::singleton().findSchema({"hyperopt_ext::" + name, ""}).has_value();
+}
+
 void define_ops(const Rule& rule) {
   const std::string name = rule.name;
   const auto tag = std::vector<at::Tag>{at::Tag::pt2_compliant_tag};
-  const auto define = [&](const std::string& schema) { library().def((name + schema).c_str(), tag); };
+  const auto define = [&](const std::string& schema) { torch_library().def((name + schema).c_str(), tag); };
   const std::string reads =
       "(Tensor[] params, Tensor[] grads, Tensor[] state, Tensor[] record, Tensor[] steps, Tensor[] ticks, "
       "Tensor tower, int[] rows, int learn, float horizon, float horizon_growth, float scale";
@@ -250,8 +254,8 @@ void define_ops(const Rule& rule) {
   using c10::DispatchKey;
 
   const auto not_differentiable = [&](const std::string& op) {
-    library().impl(op.c_str(),
-                   torch::dispatch(DispatchKey::Autograd, torch::autograd::autogradNotImplementedFallback()));
+    torch_library().impl(op.c_str(),
+                         torch::dispatch(DispatchKey::Autograd, torch::autograd::autogradNotImplementedFallback()));
   };
   const auto matrix = [](const Pass& pass, std::size_t columns) {
     return at::empty_symint({pass.tower.sym_size(0), std::int64_t(columns)}, pass.tower.options());
@@ -346,10 +350,10 @@ void define_ops(const Rule& rule) {
 
 void define_tower_ops() {
   const auto define = [](const std::string& name, const std::string& sums, auto kernel) {
-    library().def((name + "(Tensor(a!)[] towers, Tensor[] " + sums +
-                   ", Tensor[] plans, Tensor[] bounds, Tensor[] settings) -> ()")
-                      .c_str(),
-                  {at::Tag::pt2_compliant_tag});
+    torch_library().def((name + "(Tensor(a!)[] towers, Tensor[] " + sums +
+                         ", Tensor[] plans, Tensor[] bounds, Tensor[] settings) -> ()")
+                            .c_str(),
+                        {at::Tag::pt2_compliant_tag});
     impl(name, c10::DispatchKey::CPU, kernel);
     impl(name, c10::DispatchKey::ADInplaceOrView,
          [op = op<TowerOp>(name)](TensorList towers, TensorList sums, TensorList plans, TensorList bounds,

@@ -218,6 +218,16 @@ struct Rule {
 std::vector<const Rule*>& rules();
 const Rule& find_rule(const std::string& name);
 
+// The rules that a shared library holds, as it hands them to another one: of those compiled outside this repository, to _C.
+// Each library has rules() of its own, so that none needs a symbol of another (library.h).
+struct Library {
+  const char* headers;     // first, whatever else changes: a digest of the headers that it was compiled with
+  std::size_t rule_bytes;  // sizeof(Rule)
+  const Rule* const* rules;
+  std::size_t count;
+};
+const Library& library();
+
 }  // namespace hyperopt_ext
 
 // What registering a rule means is up to the translation unit: cpu/register.h.

@@ -8,11 +8,6 @@
 
 namespace hyperopt_ext {
 
-std::vector<const Rule*>& rules() {
-  static std::vector<const Rule*> all;
-  return all;
-}
-
 const Rule& find_rule(const std::string& name) {
   for (const Rule* rule : rules())
     if (name == rule->name) return *rule;

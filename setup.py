@@ -29,14 +29,7 @@ def extension():
     sources = [*sorted(CSRC.glob("*.cpp")), *sorted(CSRC.glob("cpu/*.cpp"))]
     sources += build.units(ROOT / "build" / "rules", CSRC, rules)
     cuda = sorted(CSRC.glob("cuda/*.cu")) if build.with_cuda() else []
-    kind = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
-    return kind(
-        "hyperopt_ext._C",
-        [str(source.relative_to(ROOT)) for source in sources + cuda],
-        include_dirs=[str(CSRC)],
-        extra_compile_args={"cxx": build.CXX_FLAGS, "nvcc": build.NVCC_FLAGS},
-        extra_link_args=build.LINK_FLAGS,
-    )
+    return build.extension("hyperopt_ext._C", [source.relative_to(ROOT) for source in sources + cuda], CSRC)
 
 
 class BuildExtension(cpp_extension.BuildExtension):

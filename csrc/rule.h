@@ -14,7 +14,7 @@
 // sets to specialise, smallest first (none and all come by themselves; any other set uses the smallest that holds it).
 // Which hyperparameters reach the state, and what of the last step has to be kept for the next hypergradient, is read off
 // the types (RecordOf below), so a rule declares neither. If a hyperparameter is called lr, every change is proportional to
-// it. See rules/adam.h for a complete rule.
+// it. See rules/adam.h for a complete rule; contract.h checks that nothing is missing.
 #pragma once
 
 #include <array>
@@ -123,7 +123,6 @@ constexpr unsigned record_of(std::index_sequence<I...>) {
   using State = decltype(R::advance(std::declval<P>(), std::declval<E>(), ((void)I, std::declval<C>())...));
   constexpr std::size_t returned = std::tuple_size<State>::value;
   using Change = decltype(probe_change<R, P>(std::make_index_sequence<returned>{}));
-  static_assert(returned >= R::state.size(), "advance() must return one value for each state");
   const bool deferred = (MaskOf<State>::value & S) != 0 || returned > R::state.size();
   const bool grad = deferred || (Change::mask & kProbeGrad) != 0 || (Penalty::mask & S) != 0;
   const bool param = (Change::mask & kProbeParam) != 0;

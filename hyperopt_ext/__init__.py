@@ -6,7 +6,7 @@ opt = hx.HyperOptimizer(model.parameters(), hx.Adam(lr=1e-3) / hx.SGD(lr=1e-5))
 
 import torch  # the extension module needs its libraries
 
-from hyperopt_ext import compat, functional
+from hyperopt_ext import compat, extension, functional
 from hyperopt_ext.levels import SGD, AdaBelief, Adadelta, Adagrad, Adam, AdamW, AMSGrad, Lion, NAdam, RMSprop
 from hyperopt_ext.optimizer import HyperOptimizer
 from hyperopt_ext.presets import adam_hd, auto, sgd_hd, sgdn_hd
@@ -31,6 +31,7 @@ __all__ = [
     "adam_hd",
     "auto",
     "compat",
+    "extension",
     "functional",
     "sgd_hd",
     "sgdn_hd",

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils import cpp_extension
@@ -83,10 +84,25 @@ def units(folder: Path, include: Path, rules: Iterable[tuple[str, str]]) -> list
 
 def missing_compiler() -> str | None:
     """What to do about a compiler that is not there."""
-    compiler = cpp_extension.get_cxx_compiler()
+    compiler = cpp_extension.get_cxx_compiler()  # type: ignore[no-untyped-call]
     if shutil.which(compiler) is not None:
         return None
     return (
         f"rules are compiled by a C++17 compiler, and there is no '{compiler}' here. Install one (on Debian: apt-get "
         "install g++) or name yours in CXX"
+    )
+
+
+def extension(name: str, sources: Iterable[Path], include: Path, **arguments: Any) -> Any:
+    """The sources as an extension for ``setup()``, with CUDA if there are kernels for it among them."""
+    files = [str(source) for source in sources]
+    cuda = any(name.endswith(".cu") for name in files)
+    kind: Any = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
+    return kind(
+        name,
+        files,
+        include_dirs=[str(include)],
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        extra_link_args=LINK_FLAGS,
+        **arguments,
     )

@@ -5,7 +5,8 @@ iteration leaves the hypergradient in ``hyper["lr"].grad``. Its detach points ar
 state count as constants, one step back and no further. :class:`hyperopt_ext.HyperOptimizer` computes the same numbers
 without a graph.
 
-There is one function for each class of levels, by its name in lower case: ``adam``, ``sgd``, ``rmsprop``, ...
+There is one function for each class of levels, by its name in lower case: ``adam``, ``sgd``, ``rmsprop``, ...; ``of``
+makes that of a class of your own.
 
     >>> w, lr = torch.ones(3), torch.tensor(0.1, requires_grad=True)
     >>> [w1], _ = hx.functional.sgd([w], [w], None, {"lr": lr}, torch.tensor(1))
@@ -51,7 +52,8 @@ Raises:
 """
 
 
-def _step_of(spec: type[Level]) -> Callable[..., tuple[list[Tensor], State]]:
+def of(spec: type[Level]) -> Callable[..., tuple[list[Tensor], State]]:
+    """The function of a class of levels, as of a rule from outside: ``hx.functional.of(hx.Adam)`` is ``adam``."""
     known, function = spec.structural(), spec.__name__.lower()
 
     def update(
@@ -76,7 +78,7 @@ def _step_of(spec: type[Level]) -> Callable[..., tuple[list[Tensor], State]]:
     return update
 
 
-_METHODS = {spec.__name__.lower(): _step_of(spec) for spec in levels.methods()}
+_METHODS = {spec.__name__.lower(): of(spec) for spec in levels.methods()}
 globals().update(_METHODS)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,23 +10,22 @@ import torch
 from adabelief_pytorch import AdaBelief
 from hypothesis import strategies as st
 from lion_pytorch import Lion
+from reference import TWINS
 
 import hyperopt_ext as hx
+from hyperopt_ext import testing
 
 
-@dataclass(frozen=True)
-class Case:
-    """A rule, arguments that reach every line of it, and the published optimizer that it must equal."""
-
-    rule: str
-    make: Callable[..., hx.Level]
-    published: Callable[..., torch.optim.Optimizer]
-    options: tuple[dict[str, Any], ...]
-    hyper: dict[str, float]  # a generic point at which derivatives are tested
-    jumps: bool = False  # the update is not continuous in the gradient
-
-    def __str__(self) -> str:
-        return self.rule
+def Case(  # noqa: N802
+    rule: str,
+    make: Callable[..., hx.Level],
+    published: Callable[..., torch.optim.Optimizer],
+    options: tuple[dict[str, Any], ...],
+    hyper: dict[str, float],
+    jumps: bool = False,
+) -> testing.Case:
+    """A rule of the library; its twin is in reference.py."""
+    return testing.Case(rule, make, TWINS[rule], published, options, hyper, jumps)
 
 
 CASES = [
@@ -178,15 +176,7 @@ RULE_CASES = {case.rule: case for case in CASES}
 
 def level_of(rule: str, hyper: dict[str, float], **kw: Any) -> hx.Level:
     """The level of a rule at the values `hyper` (by the names of the hyperparameters)."""
-    values = dict(hyper)
-    if "beta1" in values:
-        values["betas"] = (values.pop("beta1"), values.pop("beta2"))
-    return RULE_CASES[rule].make(**values, **kw)
-
-
-def structure_of(level: hx.Level) -> dict[str, bool]:
-    """The arguments that choose the level's variant of its method."""
-    return {name: getattr(level, name) for name in level.structural()}
+    return RULE_CASES[rule].level(hyper, **kw)
 
 
 @st.composite

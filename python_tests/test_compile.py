@@ -9,6 +9,8 @@ from problems import Regression, relative_error
 from torch._dynamo.utils import counters
 
 import hyperopt_ext as hx
+from hyperopt_ext.testing import checks
+from hyperopt_ext.testing.checks import assert_compiled_equals_eager, assert_one_graph
 
 STEPS = 100
 TALL = hx.Stack.of(hx.Adam(lr=1e-4), height=9)
@@ -26,19 +28,6 @@ def fresh():
     counters.clear()
 
 
-def assert_one_graph():
-    assert counters["stats"]["unique_graphs"] == 1
-    assert not counters["graph_break"]
-
-
-def assert_same(a, b, optimizers):
-    for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True):
-        assert relative_error(p.detach(), q.detach()) <= 1e-12
-    for x, y in zip(*(opt.hyperparameters() for opt in optimizers), strict=True):
-        for name in x:
-            assert relative_error(x[name], y[name]) <= 1e-12
-
-
 def train(problem, opt, step, steps=STEPS):
     for i in range(steps):
         opt.zero_grad()
@@ -48,12 +37,7 @@ def train(problem, opt, step, steps=STEPS):
 
 @pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS)
 def test_the_optimizer_is_one_graph(stack):
-    eager, compiled = Regression(STEPS), Regression(STEPS)
-    optimizers = [hx.HyperOptimizer(problem.model.parameters(), stack) for problem in (eager, compiled)]
-    train(eager, optimizers[0], optimizers[0].step)
-    train(compiled, optimizers[1], torch.compile(optimizers[1].step, fullgraph=True))
-    assert_one_graph()
-    assert_same(eager, compiled, optimizers)
+    checks.the_optimizer_is_one_graph(stack, STEPS)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -74,7 +58,7 @@ def test_groups_schedules_and_writes_do_not_recompile(dynamic):
             schedule.step()
             opt.hyperparameters()[0]["beta1"].fill_(0.5 + i / 1000)
     assert_one_graph()
-    assert_same(eager, compiled, optimizers)
+    assert_compiled_equals_eager(eager, compiled, optimizers)
 
 
 def test_a_compiled_optimizer_that_was_loaded_or_copied():
@@ -87,7 +71,7 @@ def test_a_compiled_optimizer_that_was_loaded_or_copied():
     resumed.load_state_dict(opt.state_dict())
     train(other, resumed, torch.compile(resumed.step, fullgraph=True), 10)
     train(problem, opt, opt.step, 10)
-    assert_same(problem, other, [opt, resumed])
+    assert_compiled_equals_eager(problem, other, [opt, resumed])
 
 
 # Last: after it, dynamo of torch 2.13 takes a None that a function returns for a gradient of this one.
@@ -122,4 +106,4 @@ def test_a_whole_training_step_is_one_graph(stack, way):
         losses = [step(eager.x[i], eager.y[i]) for step in steps]
         assert relative_error(losses[1], losses[0]) < 1e-10
     assert_one_graph()
-    assert_same(eager, compiled, optimizers)
+    assert_compiled_equals_eager(eager, compiled, optimizers)

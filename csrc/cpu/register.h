@@ -2,6 +2,7 @@
 // without any of torch's headers (setup.py writes it).
 #pragma once
 
+#include "../contract.h"
 #include "kernels.h"
 
 namespace hyperopt_ext {
@@ -38,22 +39,15 @@ LearnedSet learned_set() {
            learned_kernels<R, c10::BFloat16, S>()}};
 }
 
-constexpr bool same(const char* a, const char* b) {
-  for (; *a == *b; ++a, ++b)
-    if (*a == 0) return true;
-  return false;
-}
-
 template <class R>
 constexpr int index_of(const char* name) {
   for (std::size_t i = 0; i < R::hypers.size(); ++i)
-    if (same(R::hypers[i].name, name)) return int(i);
+    if (detail::same(R::hypers[i].name, name)) return int(i);
   return -1;
 }
 
 template <class R, std::size_t... I>
 Rule make_rule(std::index_sequence<I...>) {
-  static_assert(R::hypers.size() <= kMaxHypers && R::state.size() <= kMaxStates, "too many hyperparameters or states");
   return {R::name,
           {R::hypers.begin(), R::hypers.end()},
           {R::state.begin(), R::state.end()},
@@ -65,8 +59,16 @@ Rule make_rule(std::index_sequence<I...>) {
 }
 
 template <class R>
+Rule checked_rule() {
+  if constexpr (keeps_contract<R>())
+    return make_rule<R>(std::make_index_sequence<kSets<R>>{});
+  else
+    return {};
+}
+
+template <class R>
 struct Registration {
-  Rule rule = make_rule<R>(std::make_index_sequence<kSets<R>>{});
+  Rule rule = checked_rule<R>();
   Registration() { rules().push_back(&rule); }
 };
 

@@ -9,8 +9,8 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 TORCH_STAMP := $(VENV)/.installed-$(shell echo '$(TORCH)' | tr -c 'A-Za-z0-9.\n' _)
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+SOURCES := setup.py pyproject.toml hyperopt_ext/_build.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/* examples/*/*/*.h)
 
 .PHONY: demo test lint format benchmarks clean
 

@@ -162,7 +162,7 @@ def _errors(output: str) -> str:
             else:
                 others.append(f"  {Path(found[1]).name}:{found[2]}: {found[3]}")
     errors = list(dict.fromkeys(others or missing))
-    return "\n".join(errors[:10]) or output
+    return "\n".join(errors[:20]) or output
 
 
 def load_rules(library: str | os.PathLike[str]) -> tuple[str, ...]:

@@ -46,10 +46,10 @@ def check_rule(
 ) -> None:
     """Checks all that the library promises of a rule.
 
-    Over 100 properties, in a minute or so: updates equal the twin's to 1e-12 and hypergradients autograd's to 1e-9, for
-    every learned hyperparameter and pair of them, also where one is 0; and so do towers, traces, the functional form
-    and unrolled steps; fp32 is close; half precision, strides, long lists of tensors and threads do not show; torch's
-    ``gradcheck`` and ``opcheck`` pass; ``torch.compile`` makes one graph; a state dict resumes to the bit.
+    Some eighty properties, in half a minute: updates equal the twin's to 1e-12 and hypergradients autograd's to 1e-9,
+    for every learned hyperparameter and pair of them, also where one is 0; and so do towers, traces, the functional
+    form and unrolled steps; fp32 is close; half precision, strides, long lists of tensors and threads do not show;
+    torch's ``gradcheck`` and ``opcheck`` pass; ``torch.compile`` makes one graph; a state dict resumes to the bit.
 
     Args:
         level: a class of levels, or a function of the same arguments that fixes a variant.

@@ -48,7 +48,7 @@ def relative_error(a: Any, b: Any) -> float:
 
 def assert_close(got: Any, expected: Any, what: str, rel: float, floor: float = 1e-12) -> None:
     """Two numbers differ by at most `rel` of the expected one, or `floor`."""
-    got, expected = float(got), float(expected)
+    got, expected = (float(x.detach() if isinstance(x, Tensor) else x) for x in (got, expected))
     if not (got == expected or abs(got - expected) <= max(rel * abs(expected), floor)):
         raise AssertionError(f"{what} is {got!r}, but should be {expected!r}, to {rel:g} of it")
 

@@ -163,6 +163,8 @@ ONE_STATE = [
     ("array<const char*, 0> state{}", 'array<const char*, 1> state{"m"}'),
     ("<class P, class E>", "<class P, class E, class M>"),
     ("advance(const P&, const E&)", "advance(const P&, const E&, const M& m)"),
+    ("<class P, class E, class W>", "<class P, class E, class W, class M>"),
+    ("const E& e, const W&)", "const E& e, const W&, const M&)"),
 ]
 BROKEN = {
     "no_name": ([('name[] = "', 'nam[] = "')], "the rule has no `static constexpr char name[]"),
@@ -177,10 +179,7 @@ BROKEN = {
     "few_values": (ONE_STATE, "advance() returns fewer values than `state` has names"),
     "unknown_bit": ([("sets{bit(lr)}", "sets{bit(1)}")], "each of `sets` must be made of the bits of hyperparameters"),
     "a_number": ([("return 0.0 * w", "return 0.0")], "penalty() must return a dual number"),
-    "taken_state": (
-        [("array<const char*, 0> state{}", 'array<const char*, 1> state{"tick"}')],
-        "cannot be called",
-    ),
+    "taken_state": ([*ONE_STATE, ('{"m"}', '{"tick"}'), ("pack()", "pack(m)")], "a state cannot be called step, tick"),
     "out_of_range": ([("1e-3, 0,", "-1e-3, 0,")], "a hyperparameter must have low <= initial < high"),
 }
 

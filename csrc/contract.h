@@ -39,7 +39,9 @@ using Sets = std::enable_if_t<kIsArrayOf<Mask, decltype(R::sets)>>;
 
 using Constant = Dual<double, 0>;
 template <std::size_t>
-using ConstantAt = Constant;
+struct ConstantAt {  // not an alias, whose unused parameter nvcc loses
+  using Type = Constant;
+};
 template <class R>
 using Prepare = decltype(R::prepare(std::declval<const Hypers<(Mask(1) << R::hypers.size()) - 1>&>(), 1.0));
 template <class R, class P>
@@ -113,7 +115,7 @@ constexpr bool has_change(const std::tuple<S...>*) {
   constexpr bool called = kExists<Change, R, P, S...>;
   static_assert(
       called,
-      "hyperopt_ext: the rule has no `static auto change(p, e, w, s...)`, which is called with one s for each "
+      "hyperopt_ext: the rule has no 'static auto change(p, e, w, s...)', which is called with one s for each "
       "value that advance() returns");
   if constexpr (called) {
     constexpr bool dual = IsDual<Change<R, P, S...>>::value;
@@ -126,22 +128,22 @@ constexpr bool has_change(const std::tuple<S...>*) {
 
 template <class R, class P, std::size_t... I>
 constexpr bool has_step(std::index_sequence<I...>) {
-  constexpr bool penalised = kExists<Penalty, R, P>, advanced = kExists<Advance, R, P, ConstantAt<I>...>;
+  constexpr bool penalised = kExists<Penalty, R, P>, advanced = kExists<Advance, R, P, typename ConstantAt<I>::Type...>;
   static_assert(penalised,
-                "hyperopt_ext: the rule has no `static auto penalty(p, w)`; without weight decay it returns 0.0 * w");
+                "hyperopt_ext: the rule has no 'static auto penalty(p, w)'; without weight decay it returns 0.0 * w");
   static_assert(advanced,
-                "hyperopt_ext: the rule has no `static auto advance(p, e, s...)`, which is called with one s for each "
-                "name in `state`");
+                "hyperopt_ext: the rule has no 'static auto advance(p, e, s...)', which is called with one s for each "
+                "name in 'state'");
   if constexpr (penalised && advanced) {
     using Term = Penalty<R, P>;
-    using After = Advance<R, P, ConstantAt<I>...>;
+    using After = Advance<R, P, typename ConstantAt<I>::Type...>;
     static_assert(IsDual<Term>::value,
                   "hyperopt_ext: penalty() must return a dual number: what is added to the gradient");
     static_assert(IsPack<After>::value, "hyperopt_ext: advance() must return pack(...) of dual numbers");
     if constexpr (IsDual<Term>::value && IsPack<After>::value) {
       constexpr bool enough = std::tuple_size<After>::value >= sizeof...(I);
       static_assert(enough,
-                    "hyperopt_ext: advance() returns fewer values than `state` has names; it must return the new value "
+                    "hyperopt_ext: advance() returns fewer values than 'state' has names; it must return the new value "
                     "of each, in this order");
       if constexpr (enough) return has_change<R, P>(static_cast<const After*>(nullptr));
     }
@@ -157,33 +159,34 @@ constexpr bool keeps_contract() {
   using namespace detail;
   constexpr bool name = kExists<Name, R>, hypers = kExists<Hyperparameters, R>, state = kExists<States, R>,
                  sets = kExists<Sets, R>;
-  static_assert(name, "hyperopt_ext: the rule has no `static constexpr char name[] = \"...\"`");
-  static_assert(hypers, "hyperopt_ext: the rule has no `static constexpr std::array hypers{Hyperparameter{...}, ...}`");
+  static_assert(name, "hyperopt_ext: the rule has no 'static constexpr char name[] = \"...\"'");
+  static_assert(hypers, "hyperopt_ext: the rule has no 'static constexpr std::array hypers{Hyperparameter{...}, ...}'");
   static_assert(state,
-                "hyperopt_ext: the rule has no `static constexpr std::array<const char*, N> state{...}`; without state "
+                "hyperopt_ext: the rule has no 'static constexpr std::array<const char*, N> state{...}'; without state "
                 "N is 0");
   static_assert(sets,
-                "hyperopt_ext: the rule has no `static constexpr std::array sets{bit(lr), ...}`; without any it is "
-                "`std::array<Mask, 0> sets{}`");
+                "hyperopt_ext: the rule has no 'static constexpr std::array sets{bit(lr), ...}'; without any it is "
+                "'std::array<Mask, 0> sets{}'");
   if constexpr (name && hypers && state && sets) {
+    static_assert(kMaxHypers == 16 && kMaxStates == 4, "as the messages say");
     constexpr bool few_hypers = 0 < R::hypers.size() && R::hypers.size() <= kMaxHypers;
     constexpr bool few_states = R::state.size() <= kMaxStates;
     static_assert(few_hypers, "hyperopt_ext: a rule has from 1 to 16 hyperparameters");
     static_assert(few_states, "hyperopt_ext: a rule has at most 4 states");
-    static_assert(is_name(R::name), "hyperopt_ext: `name` must be of lower-case letters, digits and underscores");
+    static_assert(is_name(R::name), "hyperopt_ext: 'name' must be of lower-case letters, digits and underscores");
     static_assert(
         are_names(R::hypers) && are_names(R::state),
-        "hyperopt_ext: names in `hypers` and in `state` must be of lower-case letters, digits and underscores, "
+        "hyperopt_ext: names in 'hypers' and in 'state' must be of lower-case letters, digits and underscores, "
         "each one once");
     static_assert(are_free(R::state),
                   "hyperopt_ext: a state cannot be called step, tick, last_grad, last_param or trace_...");
     static_assert(are_in_range(R::hypers), "hyperopt_ext: a hyperparameter must have low <= initial < high");
     static_assert(are_sets(R::sets, R::hypers.size()),
-                  "hyperopt_ext: each of `sets` must be made of the bits of hyperparameters, bit(lr) | bit(beta1), the "
+                  "hyperopt_ext: each of 'sets' must be made of the bits of hyperparameters, bit(lr) | bit(beta1), the "
                   "smallest set first");
     if constexpr (few_hypers && few_states) {
       constexpr bool prepared = kExists<Prepare, R>;
-      static_assert(prepared, "hyperopt_ext: the rule has no `static auto prepare(h, step)`");
+      static_assert(prepared, "hyperopt_ext: the rule has no 'static auto prepare(h, step)'");
       if constexpr (prepared) {
         constexpr bool pack = IsPack<Prepare<R>>::value;
         static_assert(pack, "hyperopt_ext: prepare() must return pack(...) of dual numbers");

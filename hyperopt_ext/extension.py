@@ -154,11 +154,11 @@ def _errors(output: str) -> str:
     """The errors in a compiler's output: what a rule lacks, or what its author is likely to have to correct."""
     missing, others, rule = [], [], ""
     for line in output.splitlines():
-        if where := re.search(r"\[with R = (?:\w+::)*([\w<>, ]+)", line):
+        if where := re.search(r"\[with R ?= ?(?:\w+::)*([\w<>, ]+)", line):
             rule = f"{where[1]}: "
         if found := re.search(r"^(\S+?)[:(](\d+)\S* (?:fatal )?error:? (.*)", line):
             if "hyperopt_ext: " in found[3]:
-                missing.append(f"  {rule}{found[3].partition('hyperopt_ext: ')[2]}")
+                missing.append(f"  {rule}{found[3].partition('hyperopt_ext: ')[2].rstrip('"')}")
             else:
                 others.append(f"  {Path(found[1]).name}:{found[2]}: {found[3]}")
     errors = list(dict.fromkeys(others or missing))

@@ -28,7 +28,7 @@ from hyperopt_ext.stack import RULES, Level
 State = dict[str, list[Tensor]]
 
 
-_DOC = """One step of {name}, as :class:`hyperopt_ext.{name}` makes it.
+_DOC = """One step of {name}, as :class:`{name}` makes it.
 
 Args:
     params: n dense tensors, fp32, fp64, fp16 or bf16.

@@ -16,7 +16,7 @@ import hyperopt_ext as hx
 from hyperopt_ext import testing
 
 
-def Case(  # noqa: N802
+def rule_case(
     rule: str,
     make: Callable[..., hx.Level],
     published: Callable[..., torch.optim.Optimizer],
@@ -29,14 +29,14 @@ def Case(  # noqa: N802
 
 
 CASES = [
-    Case(
+    rule_case(
         "sgd",
         hx.SGD,
         torch.optim.SGD,
         ({"lr": 0.1}, {"lr": 0.1, "weight_decay": 0.2}),
         {"lr": 0.1, "weight_decay": 0.3},
     ),
-    Case(
+    rule_case(
         "sgd_momentum",
         hx.SGD,
         torch.optim.SGD,
@@ -47,14 +47,14 @@ CASES = [
         ),
         {"lr": 0.1, "momentum": 0.6, "dampening": 0.2, "weight_decay": 0.3},
     ),
-    Case(
+    rule_case(
         "sgd_nesterov",
         lambda **kw: hx.SGD(nesterov=True, **kw),
         lambda params, **kw: torch.optim.SGD(params, nesterov=True, **kw),
         ({"lr": 0.1, "momentum": 0.9}, {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.2}),
         {"lr": 0.1, "momentum": 0.6, "dampening": 0.0, "weight_decay": 0.3},
     ),
-    Case(
+    rule_case(
         "adam",
         hx.Adam,
         torch.optim.Adam,
@@ -66,7 +66,7 @@ CASES = [
         ),
         {"lr": 0.1, "beta1": 0.6, "beta2": 0.8, "eps": 1e-2, "weight_decay": 0.3},
     ),
-    Case(
+    rule_case(
         "adamw",
         hx.AdamW,
         torch.optim.AdamW,
@@ -78,7 +78,7 @@ CASES = [
         ),
         {"lr": 0.1, "beta1": 0.6, "beta2": 0.8, "eps": 1e-2, "weight_decay": 0.3},
     ),
-    Case(
+    rule_case(
         "amsgrad",
         hx.AMSGrad,
         partial(torch.optim.Adam, amsgrad=True),
@@ -91,7 +91,7 @@ CASES = [
         {"lr": 0.1, "beta1": 0.6, "beta2": 0.8, "eps": 1e-2, "weight_decay": 0.3},
     ),
     *(
-        Case(
+        rule_case(
             "adabelief" + "_rectified" * rectify + "_coupled" * (not decouple),
             partial(hx.AdaBelief, weight_decouple=decouple, rectify=rectify),
             partial(AdaBelief, weight_decouple=decouple, rectify=rectify, print_change_log=False),
@@ -106,7 +106,7 @@ CASES = [
         for rectify in (False, True)
         for decouple in (False, True)
     ),
-    Case(
+    rule_case(
         "adagrad",
         hx.Adagrad,
         torch.optim.Adagrad,
@@ -116,7 +116,7 @@ CASES = [
         ),
         {"lr": 0.1, "lr_decay": 0.2, "weight_decay": 0.3, "eps": 1e-2, "eps_root": 1e-2},
     ),
-    Case(
+    rule_case(
         "adadelta",
         hx.Adadelta,
         torch.optim.Adadelta,
@@ -124,7 +124,7 @@ CASES = [
         {"lr": 0.1, "rho": 0.6, "eps": 1e-2, "weight_decay": 0.3},
     ),
     *(
-        Case(
+        rule_case(
             "rmsprop" + "_centered" * centered + "_momentum" * bool(momentum),
             partial(hx.RMSprop, centered=centered),
             partial(torch.optim.RMSprop, centered=centered),
@@ -142,7 +142,7 @@ CASES = [
         for momentum in ({}, {"momentum": 0.6})
     ),
     *(
-        Case(
+        rule_case(
             "nadam" + "_decoupled" * decoupled,
             partial(hx.NAdam, decoupled_weight_decay=decoupled),
             partial(torch.optim.NAdam, decoupled_weight_decay=decoupled),
@@ -156,7 +156,7 @@ CASES = [
         )
         for decoupled in (False, True)
     ),
-    Case(
+    rule_case(
         "lion",
         hx.Lion,
         Lion,

@@ -154,11 +154,12 @@ def _errors(output: str) -> str:
     """The errors in a compiler's output: what a rule lacks, or what its author is likely to have to correct."""
     missing, others, rule = [], [], ""
     for line in output.splitlines():
-        if where := re.search(r"\[with R ?= ?(?:\w+::)*([\w<>, ]+)", line):
+        if where := re.search(r"\[with R ?= ?(?:\w+::)*([\w<>]+)", line):
             rule = f"{where[1]}: "
         if found := re.search(r"^(\S+?)[:(](\d+)\S* (?:fatal )?error:? (.*)", line):
-            if "hyperopt_ext: " in found[3]:
-                missing.append(f"  {rule}{found[3].partition('hyperopt_ext: ')[2].rstrip('"')}")
+            _, ours, message = found[3].partition("hyperopt_ext: ")
+            if ours:
+                missing.append("  " + rule + message.rstrip('"'))  # nvcc quotes it
             else:
                 others.append(f"  {Path(found[1]).name}:{found[2]}: {found[3]}")
     errors = list(dict.fromkeys(others or missing))
@@ -188,9 +189,7 @@ def load_rules(library: str | os.PathLike[str]) -> tuple[str, ...]:
     try:
         handle = ctypes.CDLL(str(path.resolve())).hyperopt_ext_library
     except (OSError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is no library of rules, as build_rules() or rule_extension() make it: {error}"
-        ) from None
+        raise ValueError(f"{path} is no library of rules: {error}") from None
     handle.restype = ctypes.c_void_p
     try:
         names = _C.add_rules(handle())

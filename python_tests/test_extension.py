@@ -16,7 +16,7 @@ from problems import Regression
 from torch.utils import cpp_extension
 
 import hyperopt_ext as hx
-from hyperopt_ext import extension
+from hyperopt_ext import _build, extension
 from hyperopt_ext.stack import RULES
 from hyperopt_ext.testing import check_rule
 
@@ -256,7 +256,29 @@ def test_the_compiler_is_not_there(tmp_path, monkeypatch):
         extension.load_rule("plain.h")
 
 
-def test_headers_are_where_the_package_says():
-    include = extension.include_path()
+NVCC = """
+contract.h(132): error: static assertion failed with "hyperopt_ext: the rule has no 'static auto penalty(p, w)'"
+    static_assert(penalised,
+            instantiation of "bool hyperopt_ext::keeps_contract<R>() [with R=hyperopt_ext::Mine]" at line 43 of mine.h
+1 error detected in the compilation of "mine_cuda.cu".
+"""
+
+
+def test_errors_of_nvcc_are_understood():
+    assert extension._errors(NVCC) == "  the rule has no 'static auto penalty(p, w)'"
+    assert (
+        extension._errors('/a/mine.h(9): error: identifier "x" is undefined')
+        == '  mine.h:9: identifier "x" is undefined'
+    )
+    assert extension._errors("ninja: out of memory") == "ninja: out of memory"
+
+
+def test_an_installed_package_has_the_headers(tmp_path):
+    """All that rules are compiled with, so that its digest is that of the source tree."""
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, env=environment(), check=True, capture_output=True)
+    assert _build.digest(tmp_path / "hyperopt_ext" / "include") == _build.digest(ROOT / "csrc")
     for name in ("rule.h", "dual.h", "library.h", "contract.h", "cpu/register.h", "cpu/kernels.h"):
-        assert (include / name).is_file()
+        assert (tmp_path / "hyperopt_ext" / "include" / name).is_file()
+        assert (extension.include_path() / name).is_file()
+    assert (tmp_path / "hyperopt_ext" / "testing" / "checks.py").is_file()

@@ -49,7 +49,7 @@ def include_path() -> Path:
 def load_rule(header: str | os.PathLike[str], *, verbose: bool = False) -> type[Level]:
     """Compiles the rule in a header, loads it, and makes its class of levels (:func:`level_class`).
 
-    The first call takes half a minute and needs a C++17 compiler and ninja; later ones, in any process, find what it
+    The first call takes some 15 seconds and needs a C++17 compiler and ninja; later ones, in any process, find what it
     built, unless the header has changed.
 
     Args:

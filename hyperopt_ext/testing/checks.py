@@ -556,7 +556,12 @@ def version_counters_move(case: Case) -> None:
 
 
 def all_checks(case: Case) -> dict[str, Callable[[], None]]:
-    """Every property of a case, by its name and what it is tested with."""
+    """Every property of a case, by its name and what it is tested with: for a test of each, where there is pytest,
+
+    @pytest.mark.parametrize("check", all_checks(case).values(), ids=all_checks(case))
+    def test_my_rule(check):
+        check()
+    """
     dtypes, half = (torch.float64, torch.float32), (torch.bfloat16, torch.float16)
     found: dict[str, Callable[[], None]] = {}
 

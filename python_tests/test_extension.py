@@ -140,6 +140,14 @@ def test_the_class_of_a_loaded_rule(plain):
         level(lr=-1)
 
 
+@pytest.mark.parametrize("name", ["learn", "params", "betas"])
+def test_what_a_hyperparameter_cannot_be_called(monkeypatch, name):
+    hypers = [{**RULES["sgd"]["hypers"][0], "name": name}]
+    monkeypatch.setitem(RULES, "odd", {**RULES["sgd"], "name": "odd", "hypers": hypers})
+    with pytest.raises(ValueError, match=f"rule 'odd': a hyperparameter cannot be called '{name}'"):
+        extension.level_class("odd")
+
+
 def test_a_loaded_rule_as_a_function(plain):
     w, lr = torch.ones(3), torch.tensor(0.1, requires_grad=True)
     [new], state = hx.functional.of(plain)([w], [w], None, {"lr": lr}, torch.tensor(1))

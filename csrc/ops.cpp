@@ -60,25 +60,26 @@ void wrote(TensorList tensors) {
   for (const Tensor& t : tensors) t.unsafeGetTensorImpl()->bump_version();
 }
 
-// The arguments of a pass as its operators take them, and some more.
+// The arguments of a pass as its operators take them, with some more before the last.
 template <class Result, class... More>
 using OfPass = Result(TensorList, TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor&,
-                      at::IntArrayRef, std::int64_t, double, double, double, More...);
+                      at::IntArrayRef, std::int64_t, double, double, double, More..., const std::optional<Tensor>&);
 
 // A kernel with these arguments, from a function of a Pass.
 template <class... More, class F>
 auto of_pass(F f) {
   return [f](TensorList params, TensorList grads, TensorList state, TensorList record, TensorList steps,
              TensorList ticks, const Tensor& tower, at::IntArrayRef rows, std::int64_t learn, double horizon,
-             double horizon_growth, double scale, More... more) {
-    return f(Pass{params, grads, state, record, steps, ticks, tower, rows, Mask(learn), horizon, horizon_growth, scale},
+             double horizon_growth, double scale, More... more, const std::optional<Tensor>& grad_scale) {
+    return f(Pass{params, grads, state, record, steps, ticks, tower, rows, Mask(learn), horizon, horizon_growth, scale,
+                  grad_scale},
              more...);
   };
 }
 
 void call(const c10::TypedOperatorHandle<OfPass<void>>& op, const Pass& p) {
   op.call(p.params, p.grads, p.state, p.record, p.steps, p.ticks, p.tower, p.rows, std::int64_t(p.learn), p.horizon,
-          p.horizon_growth, p.scale);
+          p.horizon_growth, p.scale, p.grad_scale);
 }
 
 using TowerOp = void(TensorList, TensorList, TensorList, TensorList, TensorList);
@@ -228,16 +229,17 @@ void define_ops(const Rule& rule) {
   const std::string reads =
       "(Tensor[] params, Tensor[] grads, Tensor[] state, Tensor[] record, Tensor[] steps, Tensor[] ticks, "
       "Tensor tower, int[] rows, int learn, float horizon, float horizon_growth, float scale";
-  define("_hypergradient" + reads + ", bool norm) -> Tensor");
-  define("_norms" + reads + ") -> Tensor");
+  const std::string last = ", Tensor? grad_scale=None";
+  define("_hypergradient" + reads + ", bool norm" + last + ") -> Tensor");
+  define("_norms" + reads + last + ") -> Tensor");
   define(
       "_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state, Tensor(c!)[] record, Tensor(d!)[] steps, "
-      "Tensor(e!)[] ticks, Tensor tower, int[] rows, int learn, float horizon, float horizon_growth, float scale) -> "
-      "()");
+      "Tensor(e!)[] ticks, Tensor tower, int[] rows, int learn, float horizon, float horizon_growth, float scale" +
+      last + ") -> ()");
   define(
       "_settle_(Tensor[] params, Tensor[] grads, Tensor(a!)[] state, Tensor(b!)[] record, Tensor[] steps, "
-      "Tensor(c!)[] ticks, Tensor tower, int[] rows, int learn, float horizon, float horizon_growth, float scale) -> "
-      "()");
+      "Tensor(c!)[] ticks, Tensor tower, int[] rows, int learn, float horizon, float horizon_growth, float scale" +
+      last + ") -> ()");
   define("(Tensor[] params, Tensor[] grads, Tensor[] state, Tensor[] hyper, Tensor step, bool detach) -> Tensor[]");
   define(
       "_vjp(Tensor[] grad_params, Tensor[] grad_state, Tensor[] params, Tensor[] grads, Tensor[] state, "

@@ -160,6 +160,10 @@ bool is_traced(const Pass& pass) {
   return (pass.horizon > 1.0 || pass.horizon_growth > 0.0) && pass.learn != 0;
 }
 
+double scale_of(const Pass& pass) {
+  return pass.grad_scale ? pass.scale / double(*pass.grad_scale->const_data_ptr<float>()) : pass.scale;
+}
+
 // What is kept between steps: a record, or traces.
 unsigned record_of(const Rule& rule, const Pass& pass) {
   return is_traced(pass) ? unsigned(kNothing) : rule.set_for(pass.learn).record;
@@ -208,7 +212,7 @@ Item item_for(Batch& batch, const Rule& rule, const Pass& pass, std::size_t i, W
   if (is_traced(pass))
     for (std::size_t h = 0; h < rule.hypers.size(); ++h)
       if (pass.learn & bit(int(h))) item.slice.trace[h] = recorded();
-  item.slice.scale = pass.scale;
+  item.slice.scale = scale_of(pass);
   item.slice.keep = 1.0 - 1.0 / std::max(pass.horizon, pass.horizon_growth * double(counter(pass.steps[i]) + 1));
   return item;
 }
@@ -242,6 +246,10 @@ void check(const Rule& rule, const Pass& pass) {
   TORCH_CHECK_VALUE(tower.dim() == 2 && tower.scalar_type() == at::kDouble && tower.is_contiguous() &&
                         tower.size(0) >= 1 && tower.size(1) >= kHeader + kValues * std::int64_t(rule.hypers.size()),
                     "tower must be a contiguous float64 tensor [rows, width] that holds rule '", rule.name, "'");
+  if (pass.grad_scale)
+    TORCH_CHECK_VALUE(pass.grad_scale->numel() == 1 && pass.grad_scale->scalar_type() == at::kFloat &&
+                          pass.grad_scale->device() == tower.device(),
+                      "grad_scale must be one float32 on the device of the tower");
   for (std::int64_t row : pass.rows)
     TORCH_CHECK_VALUE(0 <= row && row < tower.size(0), "rows names row ", row, " of a tower of ", tower.size(0));
   const auto fits = [](const char* name, std::size_t i, const at::Tensor& t, const at::Tensor& param,

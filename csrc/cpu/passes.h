@@ -3,6 +3,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
+
 #include "../rule.h"
 
 namespace hyperopt_ext {
@@ -26,6 +28,8 @@ struct Pass {
   double horizon;           // in steps, >= 1: max(horizon, horizon_growth * the number of the step)
   double horizon_growth;    // >= 0
   double scale;             // what gradients are multiplied by
+  // float32, one number, on the device of the tower: what they are divided by (torch.amp.GradScaler); none: 1
+  const std::optional<at::Tensor>& grad_scale;
 };
 
 // Throws a ValueError that names the argument if a list does not fit the rule. Nothing is read or written.

@@ -1,6 +1,8 @@
 // hyperopt_ext._C: defines the operators, and tells Python what rules there are, so that the two sides cannot drift.
 #include <torch/csrc/utils/pybind.h>
 
+#include <array>
+
 #include "ops.h"
 #include "tower.h"
 
@@ -41,8 +43,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   define_tower_ops();
   for (const Rule* rule : rules()) define_ops(*rule);
 
+  m.attr("OK") = int(kOk);
   m.attr("SKIPPED") = int(kSkipped);
   m.attr("HELD") = int(kHeld);
+  m.attr("SCHEDULE") = int(kSchedule);
   m.attr("SPACE_BITS") = kSpaceBits;
   m.def("spaces", [] { return std::vector<std::string>(kSpaces.begin(), kSpaces.end()); });
   m.def("rules", [] {
@@ -78,12 +82,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "tower_offsets",
       [](const Plan& plan) {
-        std::vector<std::pair<std::int64_t, std::int64_t>> offsets;
+        std::vector<std::array<std::int64_t, 3>> offsets;
         for (const Offsets& level : tower_offsets(plan.data(), levels(plan)))
-          offsets.emplace_back(level.live, level.bounded);
+          offsets.push_back({level.live, level.bounded, level.used});
         return offsets;
       },
-      "Where in a row the live and the bounded values of each level start.");
+      "Where in a row the live, the bounded and the used values of each level start.");
 }
 
 }  // namespace

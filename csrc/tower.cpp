@@ -110,14 +110,15 @@ std::int64_t tower_width(const std::int64_t* plan, int levels) {
 std::vector<Offsets> tower_offsets(const std::int64_t* plan, int levels) {
   std::vector<Offsets> offsets;
   double* const start = nullptr;
-  each_level(start, plan, nullptr, nullptr, levels,
-             [&](const Level& level) { offsets.push_back({level.row.live - start, level.row.bounded - start}); });
+  each_level(start, plan, nullptr, nullptr, levels, [&](const Level& level) {
+    offsets.push_back({level.row.live - start, level.row.bounded - start, level.row.used - start});
+  });
   return offsets;
 }
 
 void tower_reset(double* row, const std::int64_t* plan, int levels, const double* values, const double* state) {
   std::fill(row, row + tower_width(plan, levels), 0.0);
-  row[kOk] = 1.0;
+  row[kOk] = row[kSchedule] = row[kScheduled] = 1.0;
   each_level(row, plan, nullptr, nullptr, levels, [&](const Level& level) {
     const LevelRow& r = level.row;
     for (int i = 0; i < r.hypers; ++i, ++values) {
@@ -194,8 +195,8 @@ void move(const Level& level, const Level& above, double step, const double* gra
   if (keep != 0.0) std::transform(above.row.tangents, above.row.end(), faded, above.row.tangents, std::plus<double>());
 }
 
-// Makes the live values those of the next update, the `t`-th.
-void use(const Level& level, double t) {
+// Makes the live values those of the next update, the `t`-th, with `schedule` times the lr.
+void use(const Level& level, double t, double schedule) {
   const LevelRow& r = level.row;
   std::copy_n(r.used, r.hypers, r.previous);
   std::copy_n(r.live, r.hypers, r.used);
@@ -205,6 +206,7 @@ void use(const Level& level, double t) {
     const double part = learned_part(level, t);
     r.used[lr] = part * r.live[lr] + (1.0 - part) * level.settings[kLimit];
   }
+  if (lr >= 0) r.used[lr] *= schedule;
 }
 
 // What is known of the derivative of the loss with respect to one hyperparameter: <G, z>, |z|^2 and |G|^2, where G is the
@@ -278,9 +280,10 @@ void TowerStep::differentiate() {
         const Products p = summed ? shared : products_of(k, i, row);
         const std::int64_t shift = row * tower_.width;
         double slope = slope_at(level.space(i), level.row.x[shift + i], level.row.seen[shift + i]);
-        if (i == level.rule.lr) slope *= learned_part(level, header(row)[k == 0 ? kTicks : kMoves]);
+        const double schedule = k == 0 && i == level.rule.lr ? header(row)[kScheduled] : 1.0;
+        if (i == level.rule.lr) slope *= learned_part(level, header(row)[k == 0 ? kTicks : kMoves]) * schedule;
         const double g = slope * p.gz;
-        const double cosine = p.gz == 0.0 ? 0.0 : p.gz / (std::sqrt(p.zz) * std::sqrt(p.gg));
+        const double cosine = p.gz == 0.0 || schedule == 0.0 ? 0.0 : p.gz / (std::sqrt(p.zz) * std::sqrt(p.gg));
         const double a = level.settings[kNormalize] != 0.0 ? cosine : g;
         exact_[std::size_t(row * learned_ + at)] = g;
         applied_[std::size_t(row * learned_ + at)] = a;
@@ -320,7 +323,8 @@ void TowerStep::move_row(const std::vector<Level>& levels, double* header, const
       else
         fade(levels[k + 1], step);
     }
-    use(level, header[k == 0 ? kTicks : kMoves]);
+    use(level, header[k == 0 ? kTicks : kMoves], k == 0 ? header[kSchedule] : 1.0);
+    if (k == 0) header[kScheduled] = header[kSchedule];
   }
 }
 
@@ -386,9 +390,10 @@ void tower_cap(const TowerView& tower, const double* norms) {
       const LevelRow& r = level.row;
       r.used[lr] *= most / update;
       r.bounded[lr] += 1.0;
-      if (!level.learns(lr) || r.live[lr] <= r.used[lr]) return;
-      r.live[lr] = r.seen[lr] = r.used[lr];
-      r.x[lr] = coordinate_of(level.space(lr), r.used[lr]);
+      const double allowed = r.used[lr] / start[kScheduled];
+      if (!level.learns(lr) || r.live[lr] <= allowed) return;
+      r.live[lr] = r.seen[lr] = allowed;
+      r.x[lr] = coordinate_of(level.space(lr), allowed);
     });
   }
 }

@@ -16,6 +16,8 @@ namespace hyperopt_ext {
 //             skipped   steps in which nothing moved, because a number was not finite
 //             held      steps in which the parameters moved, but not the levels above, because a hypergradient was not
 //                       finite
+//             schedule  what the lr of level 0 is multiplied by in the coming update; written from outside
+//             scheduled what it was multiplied by in the last one
 //             (free)
 //   level k   used      [hypers]             the values of the most recent update
 //             previous  [hypers]             those of the update before it
@@ -28,7 +30,7 @@ namespace hyperopt_ext {
 //
 // with level 0, which moves the parameters, first (n = 0).
 constexpr int kHeader = 8;
-enum Header : int { kTicks, kMoves, kOk, kSkipped, kHeld };
+enum Header : int { kTicks, kMoves, kOk, kSkipped, kHeld, kSchedule, kScheduled };
 constexpr int kValues = 6;  // numbers of a level for each of its hyperparameters
 
 struct LevelRow {
@@ -73,10 +75,10 @@ constexpr std::array<const char*, kSettings> kSettingNames{"clip",    "normalize
                                                            "horizon", "horizon_growth", "limit",  "limit_steps",
                                                            "trust",   "per_tensor",     "skip"};
 
-// The number of doubles in a row, and where in it the live and the bounded values of each level start.
+// The number of doubles in a row, and where in it the live, the bounded and the used values of each level start.
 std::int64_t tower_width(const std::int64_t* plan, int levels);
 struct Offsets {
-  std::int64_t live, bounded;
+  std::int64_t live, bounded, used;
 };
 std::vector<Offsets> tower_offsets(const std::int64_t* plan, int levels);
 

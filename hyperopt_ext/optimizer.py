@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import fields
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import Optimizer
 
 from hyperopt_ext import _C
+from hyperopt_ext.export import export
 from hyperopt_ext.stack import RULES, Level, Stack
 
+if TYPE_CHECKING:
+    from hyperopt_ext.recorder import Recorder
+
 _POLICIES = ("hold", "skip", "raise")
+_UNPRINTED = ("params", "tower", "betas", "optimizer")
+# What a param group holds that load_state_dict() copies into and does not replace.
+_OWN = ("stack", "tower", "optimizer")
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -39,7 +47,7 @@ class _Group:
     def __init__(self, group: dict[str, Any]) -> None:
         stack: Stack = group["stack"]
         base, plan = stack[0], stack.plan()
-        self.group = group
+        self.group, self.stack = group, stack
         self.tower: Tensor = group["tower"]
         self.learn = base.learn_mask() if len(stack) > 1 else 0
         self.horizon = base.horizons()
@@ -57,14 +65,23 @@ class _Group:
             [[values[name] for name in _C.SETTINGS] for values in settings], dtype=torch.float64, device=device
         )
         offsets = _C.tower_offsets(plan)
-        self.hyperparameters = [self._views(level, live) for level, (live, _) in zip(stack, offsets, strict=True)]
-        self.bounded = [self._views(level, bounded) for level, (_, bounded) in zip(stack, offsets, strict=True)]
+        self.hyperparameters, self.bounded, self.used = (
+            [self._views(level, starts[i]) for level, starts in zip(stack, offsets, strict=True)] for i in range(3)
+        )
+        self.schedule = self.tower[:, _C.SCHEDULE]
+        self.initial: Tensor | None = None
+        if self.learns_lr() and "lr" in group and "initial_lr" in group:
+            for name in ("lr", "initial_lr"):
+                group[name] = torch.as_tensor(group[name], dtype=torch.float64, device=device)
+            self.initial = group["initial_lr"]
+        live = self.hyperparameters[0]
+        self.betas = (live["beta1"], live["beta2"]) if "beta1" in live else None
         self.states = base.start()
         self.records = _C.record(base.rule, self.learn, base.is_traced())
         ops = torch.ops.hyperopt_ext
         self.hypergradient = getattr(ops, f"{base.rule}_hypergradient").default
         self.norms = getattr(ops, f"{base.rule}_norms").default
-        self.step = getattr(ops, f"{base.rule}_step_").default
+        self.step = base.step_of(group)
         self.settle = getattr(ops, f"{base.rule}_settle_").default
 
     def _views(self, level: Level, start: int) -> dict[str, Tensor]:
@@ -75,9 +92,49 @@ class _Group:
     def count(self, column: int) -> Tensor:
         return self.tower[0, column] if self.row_of is None else self.tower[:, column]
 
+    def learns_lr(self) -> bool:
+        return self.learn != 0 and "lr" in self.stack[0].learn_names
+
+    def link(self) -> None:
+        """Puts the live values into the param group, but for an lr that is a scheduler's."""
+        self.entries = dict(self.hyperparameters[0])
+        if self.initial is not None:
+            self.entries["lr"] = self.group["lr"]
+        self.group.update(self.entries)
+        if self.betas is not None:
+            self.group["betas"] = self.betas
+
+    def meet_scheduler(self) -> None:
+        """An lr_scheduler writes ``initial_lr``. If lr is learned, it gets an entry ``lr`` of its own to write to."""
+        initial = self.group.get("initial_lr")
+        if initial is self.initial or not self.learns_lr():
+            return
+        live = self.hyperparameters[0]["lr"]
+        value = torch.as_tensor(initial, dtype=live.dtype, device=live.device)
+        own = value.numel() > 1  # a copy of the lrs of all tensors
+        value = value.new_tensor(self.stack[0].values()["lr"]) if own else value.reshape(())
+        if not bool(value > 0):
+            del self.group["initial_lr"]
+            raise ValueError(
+                "param group: a scheduler multiplies a learned lr by its value over initial_lr, so initial_lr must be "
+                f"greater than 0, not {value.item():g}"
+            )
+        if not own:
+            live.copy_(value)
+        self.initial = value.clone()
+        self.group.update(initial_lr=self.initial, lr=self.initial.clone())
+        self.link()
+
     def adopt_assignments(self) -> None:
         """``group["lr"] = 0.1`` is ``group["lr"].fill_(0.1)``: the entry is a view of the tower again."""
-        for name, live in self.hyperparameters[0].items():
+        if self.betas is not None:
+            betas = self.group["betas"]
+            if not isinstance(betas, tuple | list) or len(betas) != 2:
+                raise TypeError(f"param group: betas must be two numbers, not {betas!r}")
+            beta1, beta2 = betas
+            if beta1 is not self.betas[0] or beta2 is not self.betas[1]:
+                self.group.update(beta1=beta1, beta2=beta2, betas=self.betas)
+        for name, live in self.entries.items():
             value = self.group.get(name)
             if value is live:
                 continue
@@ -87,6 +144,8 @@ class _Group:
             value = value if isinstance(value, Tensor) else torch.tensor(value, dtype=live.dtype)
             live.copy_(value.reshape(()) if value.numel() == 1 else value)
             self.group[name] = live
+        if self.initial is not None:
+            self.schedule.copy_(self.entries["lr"] / self.initial)
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
         start = {"step": 0, "tick": -1, **self.states, **dict.fromkeys(self.records, 0)}
@@ -100,8 +159,18 @@ class _Group:
 class _Update:
     """One step of one group: its parameters that have a gradient, and the idle ones that moved before."""
 
-    def __init__(self, group: _Group, params: list[Tensor], state: dict[Tensor, dict[str, Tensor]]) -> None:
+    def __init__(
+        self,
+        group: _Group,
+        params: list[Tensor],
+        state: dict[Tensor, dict[str, Tensor]],
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        device = group.tower.device
         self.group = group
+        self.grad_scale = None if grad_scale is None else grad_scale.to(device, torch.float32, non_blocking=True)
+        self.found_inf = None if found_inf is None else found_inf.to(device, non_blocking=True)
         self.new = {p: group.new_state(p) for p in params if p not in state}
         states = [state[p] if p in state else self.new[p] for p in params]
         self.active = self._arguments(params, [p.grad for p in params], states)
@@ -130,16 +199,23 @@ class _Update:
 
     def hypergradient(self) -> Tensor:
         """Pass A. Checks all lists before anything is changed."""
-        sums: Tensor = self.group.hypergradient(*self.active, self.group.nonfinite is not None)
-        if self.group.nonfinite == "raise" and not bool(sums.isfinite().all()):
+        sums: Tensor = self.group.hypergradient(*self.active, self.group.nonfinite is not None, self.grad_scale)
+        if self.found_inf is not None:  # in any group: all of them sit the step out
+            norm = sums[:, -1]
+            norm.masked_fill_((self.found_inf != 0) & (norm >= 0), math.inf)
+        elif self.group.nonfinite == "raise" and not bool(sums.isfinite().all()):
             raise FloatingPointError("a gradient, or a hypergradient, is not finite; nothing was changed in this step")
+        return sums
+
+    def norms(self) -> Tensor:
+        sums: Tensor = self.group.norms(*self.active, self.grad_scale)
         return sums
 
     def step(self) -> None:
         """Pass B."""
         if self.idle is not None:
             self.group.settle(*self.idle)
-        self.group.step(*self.active)
+        self.group.step(*self.active, self.grad_scale)
 
 
 def _move_towers(updates: list[_Update]) -> None:
@@ -159,7 +235,7 @@ def _move_towers(updates: list[_Update]) -> None:
     ops = torch.ops.hyperopt_ext
     apply(ops.tower_.default, updates, [update.hypergradient() for update in updates])
     capped = [update for update in updates if update.group.capped]
-    apply(ops.cap_.default, capped, [update.group.norms(*update.active) for update in capped])
+    apply(ops.cap_.default, capped, [update.norms() for update in capped])
 
 
 _alive: WeakValueDictionary[str, HyperOptimizer] = WeakValueDictionary()
@@ -211,6 +287,17 @@ class HyperOptimizer(Optimizer):
     bounds. Of a level with ``granularity="tensor"`` they have one number for each parameter of the group, in its
     order.
 
+    A scheduler of ``torch.optim.lr_scheduler`` multiplies a learned lr. Once it has written ``initial_lr`` to the
+    group, the entry ``lr`` is the scheduler's own, a float64 tensor of no dimension; the lr in use (:meth:`in_use`) is
+    the learned one times ``lr / initial_lr``, and hypergradients are those of the learned one, which bounds and
+    ``growth`` hold for. With a horizon, earlier updates count as if they had been made with the present factor. An
+    ``initial_lr`` that is not the present lr (of ``OneCycleLR``) becomes the learned lr. What else a scheduler writes
+    (momentum, betas, an lr that is not learned, that of ``ReduceLROnPlateau``) is written as by anyone.
+
+    Hypergradients are made of the gradients that move the parameters: unscaled, if a ``torch.amp.GradScaler`` scaled
+    them (``step()`` divides by its scale, without waiting for it; where it found an inf, all groups sit the step out),
+    and clipped, if they were clipped before ``step()``.
+
     Non-finite numbers do not spread: see ``nonfinite``. A gradient so large that its squared norm is not finite counts
     as one that is not. :meth:`skipped_steps` counts the steps that a group sat out, :meth:`held_steps` those that its
     tower did, and :meth:`bounded_steps` how often ``bounds``, ``growth`` or ``trust`` cut a move.
@@ -229,7 +316,29 @@ class HyperOptimizer(Optimizer):
         maximize: bool = False,
         nonfinite: str | None = None,
     ) -> None:
-        super().__init__(params, {"stack": Stack.coerce(stack), "maximize": maximize, "nonfinite": nonfinite})
+        stack = Stack.coerce(stack)
+        values: dict[str, Any] = stack[0].values()
+        if "beta1" in values:
+            values = {"betas": (values.pop("beta1"), values.pop("beta2")), **values}
+        super().__init__(params, {**values, "stack": stack, "maximize": maximize, "nonfinite": nonfinite})
+
+    # GradScaler.step() then leaves it to step() to divide by `grad_scale` and to heed `found_inf`, as in torch's fused
+    # optimizers.
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return not any("optimizer" in group for group in self.param_groups)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """As in torch.optim."""
+        for group in getattr(self, "_groups", ()):
+            group.meet_scheduler()
+        groups: list[dict[str, Any]] = self.__dict__["param_groups"]
+        return groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.__dict__["param_groups"] = groups
 
     @property
     def stack(self) -> Stack:
@@ -243,6 +352,13 @@ class HyperOptimizer(Optimizer):
         They have no dimension, or, of a level with ``granularity="tensor"``, one number for each parameter.
         """
         return [dict(level) for level in self._groups[group].hyperparameters]
+
+    def in_use(self, group: int = 0) -> list[dict[str, Tensor]]:
+        """The values that the most recent update was made with, as :meth:`hyperparameters` gives the learned ones.
+
+        They differ where a scheduler or ``converge`` stands between the two, and in what ``trust`` lowers.
+        """
+        return [dict(level) for level in self._groups[group].used]
 
     def skipped_steps(self, group: int = 0) -> Tensor:
         """How many steps changed nothing, because a number was not finite: live, float64, 0-d, or one a tensor."""
@@ -258,6 +374,37 @@ class HyperOptimizer(Optimizer):
         By ``bounds``, those that are there by default included, by ``growth`` or by ``trust``.
         """
         return [dict(level) for level in self._groups[group].bounded]
+
+    def export(
+        self,
+        recorder: Recorder | None = None,
+        *,
+        values: str = "final",
+        schedule: bool = True,
+        params: Iterable[Any] | None = None,
+    ) -> tuple[Optimizer, LambdaLR]:
+        """What was learned, as an optimizer of ``torch.optim`` and a ``LambdaLR`` on it; call ``step()`` of both.
+
+        A ``LambdaLR`` schedules lr alone. All other hyperparameters, as learned betas, are constants there.
+
+        Args:
+            recorder: the :class:`Recorder` of this run. The lr follows what it recorded of the lr in use, record for
+                record, and stays at the last one. ``None``: lr is constant, and the LambdaLR is the factor 1.
+            values: of the constants: ``"final"``, those of the last step, or ``"mean"``, the mean over all records.
+                Default: ``"final"``.
+            schedule: False: lr is one of these constants, too. Default: True.
+            params: what the new optimizer trains, as parameters or, of several param groups, as a list of lists, in the
+                order of this one's. Default: the same parameters. The state starts anew in any case.
+
+        A level with ``granularity="tensor"`` makes a param group of each tensor. ``Wrap`` makes the optimizer that it
+        wraps.
+
+        Raises:
+            TypeError: the first level is no method of ``torch.optim`` (AdaBelief, Lion, those of ``hx.compat``, any
+                with an ``eps_root``), or the param groups have several methods.
+            ValueError: the recorder is empty or that of another optimizer, a mean without one, or other parameters.
+        """
+        return export(self, recorder, values=values, schedule=schedule, params=params)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -285,7 +432,10 @@ class HyperOptimizer(Optimizer):
         moving = [[p for p in g.group["params"] if p.grad is not None and p.requires_grad] for g in self._groups]
         for group in self._groups:
             group.adopt_assignments()
-        updates = [_Update(g, params, self.state) for g, params in zip(self._groups, moving, strict=True) if params]
+        scaler = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # of a torch.amp.GradScaler
+        updates = [
+            _Update(g, params, self.state, *scaler) for g, params in zip(self._groups, moving, strict=True) if params
+        ]
         _move_towers(updates)
         for update in updates:
             update.step()
@@ -307,14 +457,23 @@ class HyperOptimizer(Optimizer):
             raise ValueError(f"nonfinite is {policy!r}, but the policies are {', '.join(map(repr, _POLICIES))}")
         device = self._check_params(group["params"])
         super().add_param_group(group)
+        for name in self.defaults.keys() - {"stack", "maximize", "nonfinite"}:
+            group.pop(name, None)
         group["stack"] = stack
+        try:
+            optimizer = stack[0].make(group)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        if optimizer is not None:
+            group["optimizer"] = optimizer
         group["tower"] = _new_tower(stack, group["params"], device)
         self._attach()
 
     def _stack_for(self, group: dict[str, Any]) -> Stack:
         """The stack of a new group; takes the arguments of its first level out of the group."""
         stack = Stack.coerce(group.get("stack", self.defaults["stack"]))
-        arguments = [f.name for f in fields(stack[0])]
+        arguments = stack[0].arguments()
         changes = {name: group.pop(name) for name in arguments if name in group}
         for name in stack[0].values():
             if name in group:
@@ -353,7 +512,7 @@ class HyperOptimizer(Optimizer):
         self._key = str(id(self))  # of an int, dynamo would make a symbol
         _alive[self._key] = self
         for group in self._groups:
-            group.group.update(group.hyperparameters[0])
+            group.link()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -365,6 +524,8 @@ class HyperOptimizer(Optimizer):
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
             group["stack"] = group["stack"].structure()
+            if "optimizer" in group:
+                group["optimizer"] = group["optimizer"].state_dict()
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -373,7 +534,8 @@ class HyperOptimizer(Optimizer):
         Raises:
             ValueError: the state dict is of another stack, or of parameters of other shapes. Nothing is changed then.
         """
-        own = [(group["stack"], group["tower"]) for group in self.param_groups]
+        own = [{name: group[name] for name in _OWN if name in group} for group in self.param_groups]
+        schedules = [None if g.initial is None else (g.entries["lr"], g.initial) for g in self._groups]
         loaded: dict[str, Any] = {}
 
         def check(_: Optimizer, incoming: dict[str, Any]) -> None:
@@ -382,7 +544,7 @@ class HyperOptimizer(Optimizer):
 
         hooks = [
             self.register_load_state_dict_pre_hook(check),  # last: sees what the caller's own hooks made of it
-            self.register_load_state_dict_post_hook(lambda _: self._restore(own, loaded), prepend=True),
+            self.register_load_state_dict_post_hook(lambda _: self._restore(own, schedules, loaded), prepend=True),
         ]
         try:
             super().load_state_dict(state_dict)
@@ -390,20 +552,31 @@ class HyperOptimizer(Optimizer):
             for hook in hooks:
                 hook.remove()
 
-    def _restore(self, own: list[tuple[Stack, Tensor]], loaded: dict[str, Any]) -> None:
+    def _restore(
+        self,
+        own: list[dict[str, Any]],
+        schedules: list[tuple[Tensor, Tensor] | None],
+        loaded: dict[str, Any],
+    ) -> None:
         """Mends what Optimizer.load_state_dict does to towers and state.
 
         It puts the saved towers in the place of those that hyperparameters() gave views of, shares the caller's
         tensors, and casts state to the parameter's dtype.
         """
-        saved = [dict(group) for group in self.param_groups]
-        for group, (stack, tower) in zip(self.param_groups, own, strict=True):
-            tower.copy_(group["tower"])
-            group.update(stack=stack, tower=tower)
+        groups = self.__dict__["param_groups"]
+        saved = [dict(group) for group in groups]
+        for group, mine, schedule in zip(groups, own, schedules, strict=True):
+            mine["tower"].copy_(group["tower"])
+            if "optimizer" in mine:
+                mine["optimizer"].load_state_dict(group["optimizer"])
+            group.update(mine)
+            if schedule is not None and "initial_lr" not in group:  # this optimizer has a scheduler, the other had none
+                group.update(lr=schedule[0], initial_lr=schedule[1])
         self._attach()
         for attached, values in zip(self._groups, saved, strict=True):
             for name, live in attached.hyperparameters[0].items():
-                live.copy_(values.get(name, live))  # the caller may have edited them
+                if name != "lr" or "initial_lr" not in values or attached.initial is None:
+                    live.copy_(values.get(name, live))  # the caller may have edited them
         keys = [key for group in loaded["param_groups"] for key in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for key, p in zip(keys, params, strict=True):
@@ -418,6 +591,8 @@ class HyperOptimizer(Optimizer):
             raise ValueError(
                 f"state_dict has {len(saved_groups)} param groups, but this optimizer has {len(self.param_groups)}"
             )
+        if "state" not in state_dict:
+            raise ValueError("state_dict has no 'state': it is a part of what state_dict() gave")
         for i, (saved, group) in enumerate(zip(saved_groups, self.param_groups, strict=True)):
             ours = group["stack"].structure()
             if "stack" not in saved:
@@ -431,10 +606,10 @@ class HyperOptimizer(Optimizer):
                     f"state_dict: param group {i} has {len(saved['params'])} parameters, but this optimizer's has "
                     f"{len(group['params'])}"
                 )
-            if saved["tower"].shape != group["tower"].shape:
-                raise ValueError(
-                    f"state_dict: the tower of param group {i} has the shape {tuple(saved['tower'].shape)}"
-                )
+            shape, expected = getattr(saved.get("tower"), "shape", None), group["tower"].shape
+            if shape != expected:
+                found = "no tower" if shape is None else f"a tower of the shape {tuple(shape)}"
+                raise ValueError(f"state_dict: param group {i} has {found}, but this optimizer needs {tuple(expected)}")
             names = ["step", "tick", *self._groups[i].states, *self._groups[i].records]
             for j, (key, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
                 state = state_dict["state"].get(key)
@@ -457,5 +632,5 @@ class HyperOptimizer(Optimizer):
         lines = [f"HyperOptimizer({self.stack}"]
         for i, group in enumerate(self.param_groups):
             lines.append(f"Parameter Group {i}")
-            lines += [f"    {key}: {group[key]}" for key in sorted(group) if key not in ("params", "tower")]
+            lines += [f"    {key}: {group[key]}" for key in sorted(group) if key not in _UNPRINTED]
         return "\n".join([*lines, ")"])

@@ -90,6 +90,60 @@ def test_a_compiled_optimizer_that_was_loaded_or_copied():
     assert_same(problem, other, [opt, resumed])
 
 
+def test_a_grad_scaler_is_the_same_graph():
+    """Scales that change and steps that are skipped."""
+    scaled, plain = Regression(20), Regression(20)
+    optimizers = [hx.HyperOptimizer(problem.model.parameters(), STACKS["adam"]) for problem in (scaled, plain)]
+    optimizers[0].step = torch.compile(optimizers[0].step, fullgraph=True)  # what GradScaler.step() calls
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+    for i in [0, 1, 2, -1, *range(3, 20)]:
+        optimizers[0].zero_grad()
+        scaler.scale(scaled.loss(i) * (float("inf") if i < 0 else 1.0)).backward()
+        scaler.step(optimizers[0])
+        scaler.update()
+        if i >= 0:
+            plain.train(optimizers[1], range(i, i + 1))
+    assert_one_graph()
+    assert optimizers[0].skipped_steps() == 1
+    assert_same(scaled, plain, optimizers)
+
+
+def test_a_scheduler_of_a_learned_lr_is_the_same_graph():
+    eager, compiled = Regression(20), Regression(20)
+    optimizers = [hx.HyperOptimizer(problem.model.parameters(), STACKS["height 1"]) for problem in (eager, compiled)]
+    steps = [optimizers[0].step, torch.compile(optimizers[1].step, fullgraph=True)]
+    schedules = [torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(opt, 5, 2) for opt in optimizers]
+    for _ in range(20):
+        for problem, opt, step, schedule in zip((eager, compiled), optimizers, steps, schedules, strict=True):
+            train(problem, opt, step, steps=1)
+            schedule.step()
+    assert_one_graph()
+    assert_same(eager, compiled, optimizers)
+    assert optimizers[0].in_use()[0]["lr"] != optimizers[0].hyperparameters()[0]["lr"]
+
+
+def test_what_a_compiled_step_did_is_recorded_beside_it():
+    problem = Regression(5)
+    opt = hx.HyperOptimizer(problem.model.parameters(), STACKS["adam"])
+    recorder = hx.Recorder(opt, hook=False)
+    step = torch.compile(opt.step, fullgraph=True, backend="eager")
+    for _ in range(5):
+        train(problem, opt, step, steps=1)
+        recorder.record()
+        assert recorder.hyperparameters()[0]["lr"][-1] == opt.hyperparameters()[0]["lr"]
+    hx.Recorder(opt)
+    with pytest.raises(Exception, match="a compiled step cannot be recorded"):
+        torch.compile(opt.step, fullgraph=True, backend="eager")()
+
+
+def test_a_wrapped_optimizer_is_not_compiled():
+    problem = Regression(1)
+    opt = hx.HyperOptimizer(problem.model.parameters(), hx.Wrap(torch.optim.SGD) / hx.SGD())
+    problem.loss(0).backward()
+    with pytest.raises(Exception, match="a wrapped optimizer is not for torch"):
+        torch.compile(opt.step, fullgraph=True, backend="eager")()
+
+
 # Last: after it, dynamo of torch 2.13 takes a None that a function returns for a gradient of this one.
 @pytest.mark.parametrize("way", ["backward", "grad"])
 @pytest.mark.parametrize(

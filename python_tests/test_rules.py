@@ -223,7 +223,7 @@ def test_opcheck(case, learn):
     arguments, check = operands(opt, plain, grads), torch.library.opcheck
     check(getattr(OPS, f"{case.rule}_hypergradient").default, (*arguments, True))
     for op in ("norms", "step_", "settle_"):
-        check(getattr(OPS, f"{case.rule}_{op}").default, arguments)
+        check(getattr(OPS, f"{case.rule}_{op}").default, (*arguments, torch.tensor(2.0)))
     check(getattr(OPS, case.rule).default, (*functional_arguments(case, requires_grad=learn == "all"), learn == "lr"))
     params, grads, state, hyper, step = functional_arguments(case, requires_grad=False)
     check(getattr(OPS, f"{case.rule}_backward").default, (grads, params, grads, state, hyper, step))

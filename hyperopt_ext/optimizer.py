@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import fields
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from hyperopt_ext import _C
+from hyperopt_ext import _C, distributed
 from hyperopt_ext.stack import RULES, Level, Stack
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _POLICIES = ("hold", "skip", "raise")
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -45,6 +48,7 @@ class _Group:
         self.horizon = base.horizons()
         self.nonfinite: str | None = group["nonfinite"]
         self.capped = base.trust is not None
+        self.sums = self.learn != 0 or self.nonfinite is not None  # else pass A has nothing to say
         # The row of each parameter, if they have rows of their own.
         self.row_of = {p: i for i, p in enumerate(group["params"])} if base.granularity == "tensor" else None
         device = self.tower.device
@@ -98,13 +102,31 @@ class _Group:
 
 
 class _Update:
-    """One step of one group: its parameters that have a gradient, and the idle ones that moved before."""
+    """One step of one group: its parameters that have a gradient, and the idle ones that moved before.
 
-    def __init__(self, group: _Group, params: list[Tensor], state: dict[Tensor, dict[str, Tensor]]) -> None:
+    If processes share the parameters out, ``reduction`` says which of them count on this one.
+    """
+
+    def __init__(
+        self,
+        group: _Group,
+        params: list[Tensor],
+        state: dict[Tensor, dict[str, Tensor]],
+        reduction: distributed.Reduction | None,
+    ) -> None:
         self.group = group
+        self.reduction = reduction
         self.new = {p: group.new_state(p) for p in params if p not in state}
         states = [state[p] if p in state else self.new[p] for p in params]
-        self.active = self._arguments(params, [p.grad for p in params], states)
+        if reduction is None:
+            grads = [p.grad for p in params]
+        else:
+            grads = [distributed.local_grad(p, f"params[{i}]") for i, p in enumerate(params)]
+        self.active = self.counted = self._arguments(params, grads, states)
+        if reduction is not None and len(counted := reduction.counted(params)) < len(params):
+            self.counted = self._arguments(
+                [params[i] for i in counted], [grads[i] for i in counted], [states[i] for i in counted]
+            )
         self.idle = None
         if group.row_of is None and len(params) != len(group.group["params"]):
             moving = set(params)
@@ -114,6 +136,10 @@ class _Update:
     def _arguments(self, params: list[Tensor], grads: list[Any], states: list[dict[str, Tensor]]) -> tuple[Any, ...]:
         """What the operators of a pass take (csrc/cpu/passes.h)."""
         g = self.group
+        rows = [] if g.row_of is None else [g.row_of[p] for p in params]
+        if self.reduction is not None:
+            params, grads = ([distributed.local(t) for t in tensors] for tensors in (params, grads))
+            states = [{name: distributed.local(t) for name, t in state.items()} for state in states]
         return (
             params,
             grads,
@@ -122,7 +148,7 @@ class _Update:
             [state["step"] for state in states],
             [state["tick"] for state in states],
             g.tower,
-            [] if g.row_of is None else [g.row_of[p] for p in params],
+            rows,
             g.learn,
             *g.horizon,
             -1.0 if g.group["maximize"] else 1.0,
@@ -130,9 +156,7 @@ class _Update:
 
     def hypergradient(self) -> Tensor:
         """Pass A. Checks all lists before anything is changed."""
-        sums: Tensor = self.group.hypergradient(*self.active, self.group.nonfinite is not None)
-        if self.group.nonfinite == "raise" and not bool(sums.isfinite().all()):
-            raise FloatingPointError("a gradient, or a hypergradient, is not finite; nothing was changed in this step")
+        sums: Tensor = self.group.hypergradient(*self.counted, self.group.nonfinite is not None)
         return sums
 
     def step(self) -> None:
@@ -142,7 +166,7 @@ class _Update:
         self.group.step(*self.active)
 
 
-def _move_towers(updates: list[_Update]) -> None:
+def _move_towers(updates: list[_Update], reduction: distributed.Reduction | None) -> None:
     """All towers in one call, and, where ``trust`` asks for it, the largest lr that the coming update allows."""
 
     def apply(op: Any, some: list[_Update], sums: list[Tensor]) -> None:
@@ -156,10 +180,22 @@ def _move_towers(updates: list[_Update]) -> None:
                 [g.settings for g in groups],
             )
 
+    def added_up(sums: list[Tensor]) -> list[Tensor]:
+        """Only of the groups that learn something, or look for numbers that are not finite."""
+        if reduction is None:
+            return sums
+        totals = iter(reduction.hypergradients([s for u, s in zip(updates, sums, strict=True) if u.group.sums]))
+        return [next(totals) if u.group.sums else s for u, s in zip(updates, sums, strict=True)]
+
     ops = torch.ops.hyperopt_ext
-    apply(ops.tower_.default, updates, [update.hypergradient() for update in updates])
+    sums = added_up([update.hypergradient() for update in updates])
+    for update, own in zip(updates, sums, strict=True):
+        if update.group.nonfinite == "raise" and not bool(own.isfinite().all()):
+            raise FloatingPointError("a gradient, or a hypergradient, is not finite; nothing was changed in this step")
+    apply(ops.tower_.default, updates, sums)
     capped = [update for update in updates if update.group.capped]
-    apply(ops.cap_.default, capped, [update.group.norms(*update.active) for update in capped])
+    norms = [update.group.norms(*update.counted) for update in capped]
+    apply(ops.cap_.default, capped, norms if reduction is None else reduction.add_up(norms))
 
 
 _alive: WeakValueDictionary[str, HyperOptimizer] = WeakValueDictionary()
@@ -196,6 +232,10 @@ class HyperOptimizer(Optimizer):
             out. ``"raise"``: before anything is changed, a ``FloatingPointError`` (which makes the host wait for the
             device at every step). Default: ``None``, as ``"hold"`` if something is learned; a stack of one level does
             what ``torch.optim`` does.
+        shard_group: the processes that share the parameters out, if the parameters do not show it: each was given other
+            ones (ZeRO, stages of a pipeline), or parts of them as plain tensors (FSDP1). Their sums are added up, so
+            that all have the same towers; each must have the same param groups, though perhaps with no parameters.
+            DTensors (FSDP2, HSDP, tensor parallelism) know their mesh and replicas (DDP) need nothing. Default: None.
 
     State, in ``opt.state[p]``: ``step`` (updates made) and ``tick`` (the step of the tower that the last one belongs
     to), both int64 of no dimension; the rule's state, and, where the next hypergradient needs it, ``last_grad``, each
@@ -221,6 +261,8 @@ class HyperOptimizer(Optimizer):
             ``nonfinite`` is no policy.
     """
 
+    _shard_group: ProcessGroup | None = None  # no part of what is copied
+
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
@@ -228,7 +270,9 @@ class HyperOptimizer(Optimizer):
         *,
         maximize: bool = False,
         nonfinite: str | None = None,
+        shard_group: ProcessGroup | None = None,
     ) -> None:
+        self._shard_group = shard_group
         super().__init__(params, {"stack": Stack.coerce(stack), "maximize": maximize, "nonfinite": nonfinite})
 
     @property
@@ -281,16 +325,34 @@ class HyperOptimizer(Optimizer):
 
         if torch.compiler.is_compiling():
             _create_state(self._key)
+        elif not self.state and self._is_rehearsal():
+            _create_state(self._key)
+            return loss
         # All gradients before any state: dynamo must not meet a parameter as a key of the state first.
         moving = [[p for p in g.group["params"] if p.grad is not None and p.requires_grad] for g in self._groups]
         for group in self._groups:
             group.adopt_assignments()
-        updates = [_Update(g, params, self.state) for g, params in zip(self._groups, moving, strict=True) if params]
-        _move_towers(updates)
+        reduction = self._reduction
+        updates = [
+            _Update(g, params, self.state, reduction)
+            for g, params in zip(self._groups, moving, strict=True)
+            if params or (reduction is not None and (g.sums or g.capped))  # others may have some
+        ]
+        _move_towers(updates, reduction)
         for update in updates:
             update.step()
             self.state.update(update.new)
         return loss
+
+    def _is_rehearsal(self) -> bool:
+        """Whether this is no step, but how torch.distributed.checkpoint makes an optimizer create its state.
+
+        It puts a tensor of 0 in the place of each lr, calls ``step()`` with gradients of 0 and puts the old lr back.
+        """
+        assigned = [(g.group["lr"], live["lr"]) for g in self._groups if "lr" in (live := g.hyperparameters[0])]
+        return bool(assigned) and all(
+            isinstance(lr, Tensor) and lr is not live and lr.numel() == 1 and lr.item() == 0 for lr, live in assigned
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, with a tower of its own. See :class:`HyperOptimizer` for what it may hold."""
@@ -306,6 +368,14 @@ class HyperOptimizer(Optimizer):
         if policy is not None and policy not in _POLICIES:
             raise ValueError(f"nonfinite is {policy!r}, but the policies are {', '.join(map(repr, _POLICIES))}")
         device = self._check_params(group["params"])
+        if self._shard_group is not None:
+            if stack[0].granularity == "tensor":
+                raise ValueError(
+                    f"{stack[0]}: with a shard_group, granularity must be 'group', since other processes hold other "
+                    "tensors; without one each process has towers of its own"
+                )
+            if not group["params"]:
+                device = distributed.device_of(self._shard_group)
         super().add_param_group(group)
         group["stack"] = stack
         group["tower"] = _new_tower(stack, group["params"], device)
@@ -350,10 +420,18 @@ class HyperOptimizer(Optimizer):
     def _attach(self) -> None:
         """Rebuilds what is derived from the param groups."""
         self._groups = [_Group(group) for group in self.param_groups]
+        params = [p for group in self.param_groups for p in group["params"]]
+        self._reduction = distributed.Reduction.of(params, self._shard_group)
         self._key = str(id(self))  # of an int, dynamo would make a symbol
         _alive[self._key] = self
         for group in self._groups:
             group.group.update(group.hyperparameters[0])
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._shard_group is not None:
+            raise TypeError("an optimizer with a shard_group cannot be copied or pickled; use state_dict()")
+        state: dict[str, Any] = super().__getstate__()
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -408,7 +486,7 @@ class HyperOptimizer(Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         for key, p in zip(keys, params, strict=True):
             for name, value in loaded["state"].get(key, {}).items():
-                like = p if value.shape == p.shape else value
+                like = value if name in ("step", "tick") else p
                 state = torch.empty_like(like, dtype=_state_dtype(p, name), device=p.device, requires_grad=False)
                 self.state[p][name] = state.copy_(value)
 
@@ -452,6 +530,8 @@ class HyperOptimizer(Optimizer):
                             f"state_dict: {name} of parameter {j} of group {i} has the shape {tuple(value.shape)}, "
                             f"but the parameter needs {tuple(shape)}"
                         )
+                    if name not in ("step", "tick"):
+                        distributed.check_layout(f"state_dict: {name} of parameter {j} of group {i}", value, p)
 
     def __repr__(self) -> str:
         lines = [f"HyperOptimizer({self.stack}"]

@@ -442,7 +442,12 @@ class HyperOptimizer(Optimizer):
         """As in torch.optim. A group holds its ``tower`` (all levels) and, as a string, the structure of its stack."""
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
-            group["stack"] = group["stack"].structure()
+            stack: Stack = group["stack"]
+            group["stack"] = stack.structure()
+            # Where each tensor has its own, they are a column of the tower, which collectives do not take.
+            for name in stack[0].values():
+                if isinstance(value := group.get(name), Tensor):
+                    group[name] = value.contiguous()
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

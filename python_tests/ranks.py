@@ -1,8 +1,8 @@
 """What test_distributed.py checks inside a process group: started by torchrun, once for each number of processes.
 
-    torchrun --nproc-per-node 2 python_tests/ranks.py FOLDER
+    torchrun --nproc-per-node 2 python_tests/ranks.py FOLDER [NAME ...]
 
-runs all checks for that number of processes, in the order of this file, and writes FOLDER/NAME.RANK.txt for each: "ok", or
+runs the checks for that number of processes, in the order of this file, and writes FOLDER/NAME.RANK.txt for each: "ok", or
 the traceback. A check that fails ends the run, since the processes may no longer be in step.
 """
 
@@ -50,6 +50,7 @@ STACKS = {
     "tensors": hx.SGD(lr=1e-2, momentum=0.9, granularity="tensor", trust=0.1) / hx.Adam(lr=1e-4) / hx.SGD(lr=1e-8),
     "plain": hx.Adam(lr=1e-2, trust=0.05),
 }
+FEW = {name: STACKS[name] for name in ("adamw", "auto", "tensors")}
 BY_GROUP = {name: stack for name, stack in STACKS.items() if name != "tensors"}
 
 # Names of the checks by the number of processes that they need.
@@ -139,13 +140,13 @@ def ddp():
 def fsdp2():
     """Of the last layer, with one row, the second process holds nothing."""
     for stack in STACKS.values():
-        for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-12)):
-            problem = Half(100, dtype)
+        for dtype, steps, tolerance in ((torch.float32, 60, 1e-6), (torch.float64, 10, 1e-12)):
+            problem = Half(steps, dtype)
             model = sharded(problem)
             assert (model[2].weight.to_local().numel() == 0) == (dist.get_rank() == 1)
             opt = hx.HyperOptimizer(model.parameters(), stack)
-            train(problem, opt, range(100))
-            assert_equal_to(alone(stack, 100, dtype), model, opt, tolerance)
+            train(problem, opt, range(steps))
+            assert_equal_to(alone(stack, steps, dtype), model, opt, tolerance)
             for p, state in opt.state.items():
                 for name, t in state.items():
                     assert isinstance(t, DTensor) == (name not in ("step", "tick"))
@@ -209,7 +210,7 @@ def fsdp2_compiled():
     torch._dynamo.reset()
     problem, eager = Half(20), Half(20)
     optimizers = [hx.HyperOptimizer(sharded(p).parameters(), STACKS["auto"]) for p in (problem, eager)]
-    step = torch.compile(optimizers[0].step, fullgraph=True)
+    step = torch.compile(optimizers[0].step, fullgraph=True, backend="aot_eager")
     for i in range(20):
         optimizers[0].zero_grad()
         problem.loss(i).backward()
@@ -224,36 +225,39 @@ def fsdp2_compiled():
 def fsdp1():
     """Flat shards are plain tensors: ``shard_group`` says that they are parts."""
     for stack in BY_GROUP.values():
-        problem = Half(30)
+        problem = Half(20)
         model = FullyShardedDataParallel(problem.model, use_orig_params=True, device_id=torch.device("cpu"))
         opt = hx.HyperOptimizer(model.parameters(), stack, shard_group=dist.group.WORLD)
-        train(problem, opt, range(30), model)
+        train(problem, opt, range(20), model)
         with FullyShardedDataParallel.summon_full_params(model):
-            assert_equal_to(alone(stack, 30), model, opt)
+            assert_equal_to(alone(stack, 20), model, opt)
 
 
 @check(2)
 def zero():
     for as_buckets in (False, True):
         for stack in BY_GROUP.values():
-            problem, resumed = Half(30), Half(30)
+            problem, resumed = Half(20), Half(20)
             model = DistributedDataParallel(problem.model)
             opt = ZeroRedundancyOptimizer(model.parameters(), stack, parameters_as_bucket_view=as_buckets)
-            train(problem, opt, range(15), model)
+            train(problem, opt, range(10), model)
             opt.consolidate_state_dict(to=0)
-            saved = [opt.state_dict() if dist.get_rank() == 0 else None, resumed.model.load_state_dict(problem.model.state_dict())]
+            saved = [
+                opt.state_dict() if dist.get_rank() == 0 else None,
+                resumed.model.load_state_dict(problem.model.state_dict()),
+            ]
             dist.broadcast_object_list(saved)
             assert len(opt.optim.state) < len(saved[0]["state"]) == 4
             other = ZeroRedundancyOptimizer(resumed.model.parameters(), stack)
             other.load_state_dict(saved[0])
-            single = Regression(30)
+            single = Regression(20)
             single.model.load_state_dict(resumed.model.state_dict())
             unsharded = hx.HyperOptimizer(single.model.parameters(), stack)
             unsharded.load_state_dict(saved[0])
             for a, b in ((model, opt), (DistributedDataParallel(resumed.model), other)):
-                train(problem if a is model else resumed, b, range(15, 30), a)
-                assert_equal_to(alone(stack, 30), a, b)
-            train(single, unsharded, range(15, 30))
+                train(problem if a is model else resumed, b, range(10, 20), a)
+                assert_equal_to(alone(stack, 20), a, b)
+            train(single, unsharded, range(10, 20))
             assert_equal_to((single.model, unsharded), model, opt)
 
 
@@ -319,30 +323,31 @@ def checkpoints(folder):
 @check(2)
 def checkpoints_in_every_form():
     """Whole tensors on the CPU, flat names, sent out by the first process."""
-    for stack in STACKS.values():
+    for stack in FEW.values():
         problem = Half(20)
         opt = hx.HyperOptimizer(sharded(problem).parameters(), stack)
         train(problem, opt, range(10))
-        forms = [
-            {"full_state_dict": True, "cpu_offload": True},
-            {"full_state_dict": True, "broadcast_from_rank0": True},
-            {"flatten_optimizer_state_dict": True},
-            {},
-        ]
-        saved = copy.deepcopy([get_optimizer_state_dict(problem.model, opt, options=StateDictOptions(**f)) for f in forms])
+        forms = {  # what is saved, and what it is loaded with
+            "whole, on the CPU of the first process": ({"cpu_offload": True}, {"broadcast_from_rank0": True}),
+            "whole": ({}, {}),
+            "flat": ({"flatten_optimizer_state_dict": True},) * 2,
+            "sharded": ({}, {}),
+        }
+        saved = {}
+        for name, options in forms.items():
+            both = [StateDictOptions(full_state_dict="whole" in name, **some) for some in options]
+            saved[name] = copy.deepcopy(get_optimizer_state_dict(problem.model, opt, options=both[0])), both[1]
         weights = copy.deepcopy(get_model_state_dict(problem.model))
         train(problem, opt, range(10, 20))
-        for form, state_dict in zip(forms, saved, strict=True):
+        for name, (state_dict, options) in saved.items():
             resumed = Half(20)
             other = hx.HyperOptimizer(sharded(resumed).parameters(), stack)
             set_model_state_dict(resumed.model, weights)
-            if form.get("broadcast_from_rank0") and dist.get_rank() > 0:
-                state_dict = {}
-            set_optimizer_state_dict(resumed.model, other, state_dict, options=StateDictOptions(**form))
+            set_optimizer_state_dict(resumed.model, other, state_dict, options=options)
             train(resumed, other, range(10, 20))
-            assert torch.equal(values(opt), values(other)), form
+            assert torch.equal(values(opt), values(other)), name
             for p, q in zip(problem.model.parameters(), resumed.model.parameters(), strict=True):
-                assert torch.equal(full(p), full(q)), form
+                assert torch.equal(full(p), full(q)), name
 
 
 @check(2)
@@ -374,7 +379,9 @@ def errors():
         return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
     whole, whole_opt = alone(STACKS["adam"], 2)
-    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 of group 0 is a plain tensor, but the parameter is a DT"):
+    with pytest.raises(
+        ValueError, match=r"exp_avg of parameter 0 of group 0 is a plain tensor, but the parameter is a DT"
+    ):
         opt.load_state_dict(whole_opt.state_dict())
     with pytest.raises(ValueError, match=r"is a DTensor .* set_optimizer_state_dict"):
         whole_opt.load_state_dict(opt.state_dict())
@@ -404,12 +411,122 @@ def errors():
         zero.load_state_dict(whole_opt.state_dict())
 
 
-def main(folder):
+class Block(nn.Module):
+    """A residual MLP behind a norm, and a head, for tensor parallelism."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(6), nn.Linear(6, 8), nn.Linear(8, 6)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.head(x + self.down(torch.tanh(self.up(self.norm(x)))))
+
+
+class Sequences:
+    """A regression on sequences [batch, 4, 6]: `loss(step, model)` of the part of the batch of one replica."""
+
+    def __init__(self, steps, rank=0, world=1):
+        generator = torch.Generator().manual_seed(1)
+        self.x = torch.randn(steps, 4, 4, 6, generator=generator, dtype=torch.float64).chunk(world, 1)[rank]
+        self.y = self.x.sin().cumsum(-1)[..., :4]
+        torch.manual_seed(1)
+        self.model = Block().double()
+
+    def loss(self, step, model=None):
+        return ((self.model if model is None else model)(self.x[step]) - self.y[step]).square().mean()
+
+
+def tensor_parallel(model, mesh, sequences):
+    """With the norm on parts of the sequences, so that its gradient is a pending sum, or as a plain module."""
+    cut = Shard(1)
+    plan = {
+        "up": ColwiseParallel(input_layouts=cut if sequences else None),
+        "down": RowwiseParallel(output_layouts=cut if sequences else None),
+        "head": ColwiseParallel(input_layouts=cut if sequences else None, output_layouts=Replicate()),
+    }
+    if sequences:
+        plan["norm"] = SequenceParallel()
+        plan[""] = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=cut, use_local_output=True)
+    return parallelize_module(model, mesh, plan)
+
+
+def compare_sequences(build, stack, replicas, replica, steps=10):
+    problem, single = Sequences(steps, replica, replicas), Sequences(steps)
+    model = build(problem.model)
+    opt = hx.HyperOptimizer(model.parameters(), stack)
+    other = hx.HyperOptimizer(single.model.parameters(), stack)
+    train(problem, opt, range(steps), model)
+    train(single, other, range(steps))
+    assert_equal_to((single.model, other), model, opt)
+    return model
+
+
+@check(4)
+def hsdp():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    for stack in FEW.values():
+        problem = Half(15)
+        opt = hx.HyperOptimizer(sharded(problem, mesh).parameters(), stack)
+        train(problem, opt, range(15))
+        assert_equal_to(alone(stack, 15), problem.model, opt)
+
+
+@check(4)
+def tensor_parallelism():
+    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("tp",))
+    for stack in FEW.values():
+        for sequences in (True, False):
+            model = compare_sequences(lambda model, s=sequences: tensor_parallel(model, mesh, s), stack, 1, 0)
+            assert not sequences or model.norm.weight.grad.placements == (Partial(),)
+
+
+@check(4)
+def tensor_parallelism_and_fsdp():
+    """Norms that are plain for one are sharded by the other alone: two meshes in a group."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    for stack in FEW.values():
+        for sequences in (True, False):
+
+            def build(model, sequences=sequences):
+                model = tensor_parallel(model, mesh["tp"], sequences)
+                fully_shard(model.up, mesh=mesh["dp"])
+                return fully_shard(model, mesh=mesh["dp"])
+
+            compare_sequences(build, stack, 2, mesh["dp"].get_local_rank())
+
+
+@check(4)
+def two_pipelines():
+    """Each stage is sharded over a mesh of its own, and ``shard_group`` makes one tower of the stages' towers."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    for name, stack in BY_GROUP.items():
+        problem = Half(15, rank=mesh["dp"].get_local_rank(), world=2)
+        layers = (problem.model[0], problem.model[2])
+        for layer in layers:
+            fully_shard(layer, mesh=mesh["dp"])
+        mine = layers[mesh["pp"].get_local_rank()]
+        opt = hx.HyperOptimizer(mine.parameters(), stack, shard_group=mesh["pp"].get_group())
+        single, other = Regression(15), None
+        other = hx.HyperOptimizer(single.model.parameters(), stack)
+        for i in range(15):
+            problem.model.zero_grad()
+            problem.loss(i).backward()
+            opt.step()
+            for stage, layer in enumerate(layers):  # what a pipeline would have computed
+                for p in layer.parameters():
+                    dist.broadcast(p.to_local().detach(), group=mesh["pp"].get_group(), group_src=stage)
+            train(single, other, range(i, i + 1))
+        assert_equal_to((single.model, other), problem.model, opt)
+
+
+def main(folder, names):
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     torch.set_num_threads(1)
-    for name, function in CHECKS[dist.get_world_size()].items():
-        if len(sys.argv) > 2 and name not in sys.argv[2:]: continue
+    checks = CHECKS[dist.get_world_size()]
+    for name, function in ((name, checks[name]) for name in names or checks):
         report = folder / f"{name}.{dist.get_rank()}.txt"
+
         try:
             function(folder) if function.__code__.co_argcount else function()
         except BaseException:
@@ -421,4 +538,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

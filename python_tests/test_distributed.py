@@ -49,9 +49,7 @@ def train_alone(stack, steps):
     return problem, opt
 
 
-@pytest.mark.parametrize(
-    ("processes", "name"), [(n, name) for n, names in ranks.CHECKS.items() for name in names]
-)
+@pytest.mark.parametrize(("processes", "name"), [(n, name) for n, names in ranks.CHECKS.items() for name in names])
 def test_processes(runs, processes, name):
     folder = runs(processes)
     for rank in range(processes):

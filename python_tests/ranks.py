@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 python_tests/ranks.py FOLDER [NAME ...]
 
-runs the checks for that number of processes, in the order of this file, and writes FOLDER/NAME.RANK.txt for each: "ok", or
-the traceback. A check that fails ends the run, since the processes may no longer be in step.
+runs the checks for that number of processes, in the order of this file, and writes FOLDER/NAME.RANK.txt for each: "ok",
+or the traceback. A check that fails ends the run, since the processes may no longer be in step.
 """
 
 from __future__ import annotations
@@ -395,7 +395,7 @@ def errors():
     weight.grad = distribute_tensor(torch.ones(4, 4), mesh, [Shard(1)])
     bare.step()  # laid out anew
     assert bare.state[weight]["last_grad"].placements == (Shard(0),)
-    with pytest.raises(TypeError, match="a DTensor .* is a pending sum"):
+    with pytest.raises(TypeError, match=r"a DTensor .* is a pending sum"):
         hx.HyperOptimizer([nn.Parameter(DTensor.from_local(torch.ones(2), mesh, [Partial()]))], STACKS["adam"])
     elsewhere = init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b"))["b"]
     with pytest.raises(ValueError, match="not parts of one mesh"):
@@ -500,7 +500,7 @@ def tensor_parallelism_and_fsdp():
 def two_pipelines():
     """Each stage is sharded over a mesh of its own, and ``shard_group`` makes one tower of the stages' towers."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
-    for name, stack in BY_GROUP.items():
+    for stack in BY_GROUP.values():
         problem = Half(15, rank=mesh["dp"].get_local_rank(), world=2)
         layers = (problem.model[0], problem.model[2])
         for layer in layers:

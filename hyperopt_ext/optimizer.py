@@ -43,6 +43,7 @@ class _Group:
         stack: Stack = group["stack"]
         base, plan = stack[0], stack.plan()
         self.group = group
+        self.params: list[Tensor] = group["params"]
         self.tower: Tensor = group["tower"]
         self.learn = base.learn_mask() if len(stack) > 1 else 0
         self.horizon = base.horizons()
@@ -325,9 +326,12 @@ class HyperOptimizer(Optimizer):
 
         if torch.compiler.is_compiling():
             _create_state(self._key)
-        elif not self.state and self._is_rehearsal():
-            _create_state(self._key)
-            return loss
+        else:
+            if any(g.group["params"] is not g.params for g in self._groups):
+                self._adopt_parameters()
+            if not self.state and self._is_rehearsal():
+                _create_state(self._key)
+                return loss
         # All gradients before any state: dynamo must not meet a parameter as a key of the state first.
         moving = [[p for p in g.group["params"] if p.grad is not None and p.requires_grad] for g in self._groups]
         for group in self._groups:
@@ -343,6 +347,12 @@ class HyperOptimizer(Optimizer):
             update.step()
             self.state.update(update.new)
         return loss
+
+    def _adopt_parameters(self) -> None:
+        """A trainer that shards a model for which the optimizer is there already puts new lists of parameters in place."""
+        for group in self._groups:
+            group.adopt_assignments()
+        self._attach()
 
     def _is_rehearsal(self) -> bool:
         """Whether this is no step, but how torch.distributed.checkpoint makes an optimizer create its state.

@@ -154,6 +154,17 @@ def fsdp2():
 
 
 @check(2)
+def fsdp2_after_the_optimizer():
+    """As accelerate does it: the model is sharded last, and the param groups get the new parameters."""
+    for stack in FEW.values():
+        problem = Half(10)
+        opt = hx.HyperOptimizer(problem.model.parameters(), stack)
+        opt.param_groups[0]["params"] = list(sharded(problem).parameters())
+        train(problem, opt, range(10))
+        assert_equal_to(alone(stack, 10), problem.model, opt)
+
+
+@check(2)
 def fsdp2_with_param_groups_that_come_and_go():
     """One group has a gradient in every other step only, and one parameter of the other misses a step."""
     models, optimizers = [], []

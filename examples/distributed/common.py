@@ -15,7 +15,9 @@ WIDTH, BATCH = 32, 64
 def start() -> torch.device:
     """Joins the process group that torchrun describes, and gives the device of this process."""
     if "RANK" not in os.environ:
-        raise SystemExit("start this with torchrun, for example: torchrun --nproc-per-node 2 examples/distributed/ddp.py")
+        raise SystemExit(
+            "start this with torchrun, for example: torchrun --nproc-per-node 2 examples/distributed/ddp.py"
+        )
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)

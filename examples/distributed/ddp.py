@@ -1,6 +1,6 @@
 """DistributedDataParallel: every process has the whole model, and so the same tower.
 
-    torchrun --nproc-per-node 2 examples/distributed/ddp.py
+torchrun --nproc-per-node 2 examples/distributed/ddp.py
 """
 
 import torch.distributed as dist

@@ -1,6 +1,6 @@
 """FSDP2: parameters, gradients and optimizer state are sharded; the tower is on every process.
 
-    torchrun --nproc-per-node 2 examples/distributed/fsdp2.py
+torchrun --nproc-per-node 2 examples/distributed/fsdp2.py
 """
 
 import torch.distributed as dist

@@ -1,6 +1,6 @@
 """HSDP: sharded within a node, replicated between nodes. A replicated shard counts once.
 
-    torchrun --nproc-per-node 4 examples/distributed/hsdp.py
+torchrun --nproc-per-node 4 examples/distributed/hsdp.py
 """
 
 import torch.distributed as dist

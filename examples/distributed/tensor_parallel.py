@@ -1,6 +1,6 @@
 """Tensor parallelism and FSDP2 on a mesh of two dimensions; the norms are plain for the one and sharded by the other.
 
-    torchrun --nproc-per-node 4 examples/distributed/tensor_parallel.py
+torchrun --nproc-per-node 4 examples/distributed/tensor_parallel.py
 """
 
 import torch.distributed as dist

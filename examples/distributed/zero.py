@@ -1,6 +1,6 @@
 """ZeroRedundancyOptimizer: each process keeps the state of some parameters; all have the same tower.
 
-    torchrun --nproc-per-node 2 examples/distributed/zero.py
+torchrun --nproc-per-node 2 examples/distributed/zero.py
 """
 
 import torch.distributed as dist

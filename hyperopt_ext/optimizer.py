@@ -349,7 +349,7 @@ class HyperOptimizer(Optimizer):
         return loss
 
     def _adopt_parameters(self) -> None:
-        """A trainer that shards a model for which the optimizer is there already puts new lists of parameters in place."""
+        """Trainers that shard a model after they got its optimizer put new lists of parameters in place."""
         for group in self._groups:
             group.adopt_assignments()
         self._attach()

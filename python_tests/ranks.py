@@ -8,7 +8,11 @@ or the traceback. A check that fails ends the run, since the processes may no lo
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
+import re
+import runpy
 import sys
 import traceback
 from datetime import timedelta
@@ -41,6 +45,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hyperopt_ext as hx
 from hyperopt_ext.zero import ZeroRedundancyOptimizer
+
+EXAMPLES = Path(__file__).parents[1] / "examples" / "distributed"
 
 STACKS = {
     "adam": hx.Adam(lr=1e-2) / hx.SGD(lr=1e-4, momentum=0.5) / hx.SGD(lr=1e-6),
@@ -529,6 +535,39 @@ def two_pipelines():
                     dist.broadcast(p.to_local().detach(), group=mesh["pp"].get_group(), group_src=stage)
             train(single, other, range(i, i + 1))
         assert_equal_to((single.model, other), problem.model, opt)
+
+
+def run_examples(folder, *lines):
+    """As torchrun starts them; gives what the first process printed of each."""
+    sys.path.insert(0, str(EXAMPLES))
+    dist.destroy_process_group()
+    outputs = []
+    for name, *arguments in (line.split() for line in lines):
+        sys.argv = [name, *(argument.format(folder=folder) for argument in arguments)]
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        outputs.append(out.getvalue())
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    return outputs if dist.get_rank() == 0 else []
+
+
+def losses(output):
+    return [float(loss) for loss in re.findall(r"loss ([\d.]+)", output)]
+
+
+@check(2)
+def examples_for_two(folder):
+    lines = ("ddp.py", "fsdp2.py", "zero.py", *2 * ("checkpoint.py {folder}/example",))
+    outputs = run_examples(folder, *lines)
+    for output in outputs:
+        assert losses(output)[-1] < 0.05
+    assert not outputs or "resumed after 100 steps" in outputs[-1]
+
+
+@check(4)
+def examples_for_four(folder):
+    for output in run_examples(folder, "hsdp.py", "tensor_parallel.py"):
+        assert losses(output)[-1] < 0.05
 
 
 def main(folder, names):

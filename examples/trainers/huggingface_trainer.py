@@ -24,7 +24,7 @@ import hyperopt_ext as hx
 class Copies(Dataset):
     """A random sequence of 8 tokens, twice."""
 
-    def __init__(self, rows: int = 2048) -> None:
+    def __init__(self, rows: int = 1024) -> None:
         half = torch.randint(64, (rows, 8), generator=torch.Generator().manual_seed(0))
         self.tokens = half.repeat(1, 2)
 
@@ -52,7 +52,7 @@ class LogLevels(TrainerCallback):
 
 
 def model() -> LlamaForCausalLM:
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     return LlamaForCausalLM(LlamaConfig(vocab_size=64, max_position_embeddings=16, **shape))
 
 
@@ -60,7 +60,7 @@ def trainer(folder: Path, **arguments: Any) -> Trainer:
     set_seed(0)
     net = model()
     opt = hx.auto(net.parameters(), "adamw")
-    settings = {"per_device_train_batch_size": 64, "logging_steps": 20, "report_to": "none", "num_train_epochs": 5}
+    settings = {"per_device_train_batch_size": 64, "logging_steps": 16, "report_to": "none", "num_train_epochs": 5}
     return Trainer(
         net,
         TrainingArguments(str(folder), **{**settings, **arguments}),

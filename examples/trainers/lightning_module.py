@@ -2,8 +2,8 @@
 
     python examples/trainers/lightning_module.py
 
-`LevelsMonitor` logs all levels. Everything else is as with any optimizer: gradient clipping (before the hypergradient, which
-is that of the clipped gradients), accumulated batches, checkpoints.
+`LevelsMonitor` logs all levels. Everything else is as with any optimizer: clipping (hypergradients are made of the
+clipped gradients), accumulated batches, checkpoints.
 """
 
 from __future__ import annotations
@@ -34,16 +34,19 @@ class Model(lightning.LightningModule):
 
 
 class LevelsMonitor(lightning.Callback):
-    """Logs the hyperparameters of all levels, as often as the trainer logs: "adam/lr", "adam/lr above", ..."""
+    """Logs the hyperparameters of all levels, as often as the trainer logs: "optimizer0/group0/level0/lr", ..."""
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: object) -> None:
         if trainer.logger is None or trainer.global_step % trainer.log_every_n_steps:
             return
-        for i, opt in enumerate(trainer.optimizers):
-            for group in range(len(opt.param_groups)):
-                for k, level in enumerate(opt.hyperparameters(group)):
-                    values = {f"optimizer{i}/group{group}/level{k}/{name}": v.mean() for name, v in level.items()}
-                    trainer.logger.log_metrics({key: v.item() for key, v in values.items()}, trainer.global_step)
+        values = {
+            f"optimizer{i}/group{group}/level{k}/{name}": value.mean().item()
+            for i, opt in enumerate(trainer.optimizers)
+            for group in range(len(opt.param_groups))
+            for k, level in enumerate(opt.hyperparameters(group))
+            for name, value in level.items()
+        }
+        trainer.logger.log_metrics(values, trainer.global_step)
 
 
 def data(rows: int = 4096) -> DataLoader:

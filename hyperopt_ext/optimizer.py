@@ -378,6 +378,8 @@ class HyperOptimizer(Optimizer):
         if policy is not None and policy not in _POLICIES:
             raise ValueError(f"nonfinite is {policy!r}, but the policies are {', '.join(map(repr, _POLICIES))}")
         device = self._check_params(group["params"])
+        added = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
+        distributed.Reduction([*(p for g in self.param_groups for p in g["params"]), *added], self._shard_group)
         if self._shard_group is not None:
             if stack[0].granularity == "tensor":
                 raise ValueError(

@@ -416,10 +416,17 @@ def errors():
     with pytest.raises(TypeError, match=r"a DTensor .* is a pending sum"):
         hx.HyperOptimizer([nn.Parameter(DTensor.from_local(torch.ones(2), mesh, [Partial()]))], STACKS["adam"])
     elsewhere = init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b"))["b"]
+    foreign = nn.Parameter(distribute_tensor(torch.ones(4, 4), elsewhere, [Shard(0)]))
     with pytest.raises(ValueError, match="not parts of one mesh"):
-        hx.HyperOptimizer(
-            [weight, nn.Parameter(distribute_tensor(torch.ones(4, 4), elsewhere, [Shard(0)]))], STACKS["adam"]
-        )
+        bare.add_param_group({"params": [foreign]})
+    assert len(bare.param_groups) == 1
+    plain = nn.Parameter(torch.ones(4, 4))
+    bare.add_param_group({"params": [plain]})
+    plain.grad = weight.grad
+    before_step = values(bare)
+    with pytest.raises(ValueError, match=r"params\[0\] is a plain tensor, but its gradient is a DTensor"):
+        bare.step()
+    assert torch.equal(before_step, values(bare))
     with pytest.raises(ValueError, match="with a shard_group, granularity must be 'group'"):
         hx.HyperOptimizer(whole.parameters(), STACKS["tensors"], shard_group=dist.group.WORLD)
     with pytest.raises(TypeError, match="with a shard_group cannot be copied or pickled"):

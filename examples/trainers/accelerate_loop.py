@@ -1,7 +1,7 @@
 """accelerate: `prepare` wraps the tower like any optimizer; accumulation, clipping, and its checkpoints.
 
 python examples/trainers/accelerate_loop.py [FOLDER]
-accelerate launch --num_processes 2 examples/trainers/accelerate_loop.py [FOLDER]
+ACCELERATE_USE_CPU=1 torchrun --nproc-per-node 2 examples/trainers/accelerate_loop.py [FOLDER]
 """
 
 from __future__ import annotations

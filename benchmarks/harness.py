@@ -19,8 +19,10 @@ import shlex
 import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from time import perf_counter
+from types import FunctionType
 from typing import Any, TypeVar
 
 import matplotlib as mpl
@@ -29,11 +31,14 @@ import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.progress import track
+from torch._dynamo.utils import counters
 
 mpl.use("Agg")
 
 Key = TypeVar("Key", bound=Hashable)
 Samples = NDArray[np.float64]
+
+_numbers = count()
 
 WARM_UP_CALLS = 3  # the first steps allocate state and have no hypergradient
 
@@ -96,6 +101,60 @@ def interleave(
     finally:
         gc.enable()
     return samples
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """How much memory tensors hold at most during a call, beyond what they hold before it: what torch allocates."""
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+@dataclass
+class Compiled:
+    """A compiled function, with what it took. All numbers are filled in by :func:`compiled`."""
+
+    run: Callable[[], object]
+    seconds: float  # of the first call
+    graphs: int
+    breaks: int
+    recompiles: int  # over the calls that followed
+
+
+def compiled(
+    function: Callable[..., Any], drive: Callable[[Callable[..., Any]], Callable[[], object]], calls: int = 20
+):
+    """``torch.compile`` of a function that is called the way ``drive(function)`` calls it.
+
+    The function gets a code object of its own: dynamo keeps what it compiles by code object, and would look through
+    the graphs of all contenders that share one at every call.
+    """
+    own = FunctionType(
+        function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}"),
+        function.__globals__,
+        closure=function.__closure__,
+        argdefs=function.__defaults__,
+    )
+    run = drive(torch.compile(own, dynamic=False))
+
+    def stats() -> tuple[int, int]:
+        return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+    before = stats()
+    start = perf_counter()
+    run()
+    seconds = perf_counter() - start
+    first = stats()
+    for _ in range(calls):
+        run()
+    after = stats()
+    return Compiled(run, seconds, after[0] - before[0], after[1] - before[1], after[0] - first[0])
 
 
 def median(name: str, values: Samples) -> dict[str, Any]:

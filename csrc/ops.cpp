@@ -84,7 +84,8 @@ void call(const c10::TypedOperatorHandle<OfPass<void>>& op, const Pass& p) {
 using TowerOp = void(TensorList, TensorList, TensorList, TensorList, TensorList);
 using Update = std::vector<Tensor>(TensorList, TensorList, TensorList, TensorList, const Tensor&, bool);
 using Backward = Tensor(TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor&);
-using Vjp = std::vector<Tensor>(TensorList, TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor&);
+using Vjp = std::vector<Tensor>(TensorList, TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor&,
+                                std::int64_t);
 
 // The arguments of R and R_backward.
 void check_inputs(const Rule& rule, TensorList params, TensorList grads, TensorList state, TensorList hyper,
@@ -101,8 +102,9 @@ void check_inputs(const Rule& rule, TensorList params, TensorList grads, TensorL
   TORCH_CHECK_VALUE(step.numel() == 1, "step must be a tensor of one number");
   for (std::size_t i = 0; i < n; ++i) {
     const auto fits = [&](const char* name, const Tensor& t, at::ScalarType type) {
-      TORCH_CHECK_VALUE(t.layout() == at::kStrided && t.scalar_type() == type && t.sizes() == params[i].sizes(), name,
-                        " of params[", i, "] must be a dense ", type, " tensor of shape ", params[i].sizes());
+      const c10::SymIntArrayRef sizes = params[i].sym_sizes();  // a graph of dynamic shapes stays one
+      TORCH_CHECK_VALUE(t.layout() == at::kStrided && t.scalar_type() == type && t.sym_sizes() == sizes, name,
+                        " of params[", i, "] must be a dense ", type, " tensor of shape ", sizes);
     };
     const at::ScalarType type = params[i].scalar_type();
     TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16, "params[",
@@ -156,10 +158,14 @@ std::vector<double> values_of(TensorList tensors) {
 }
 
 // What R_vjp returns, not yet filled: a tensor for each parameter, gradient and state, and one for the hyperparameters.
-std::vector<Tensor> new_vjp(const Rule& rule, TensorList params, TensorList hyper) {
+// `needs` has a bit for the parameters, one for the gradients and one for each state; without it, these tensors are empty.
+std::vector<Tensor> new_vjp(const Rule& rule, TensorList params, TensorList hyper, std::int64_t needs) {
   std::vector<Tensor> outputs;
   for (std::size_t k = 0; k < 2 + rule.state.size(); ++k)
-    for (const Tensor& p : params) outputs.push_back(at::empty_like(p, p.options().dtype(arithmetic(p.scalar_type()))));
+    for (const Tensor& p : params) {
+      const at::TensorOptions options = p.options().dtype(arithmetic(p.scalar_type()));
+      outputs.push_back(needs & bit(int(k)) ? at::empty_like(p, options) : at::empty({0}, options));
+    }
   outputs.push_back(at::zeros({std::int64_t(hyper.size())}, hyper[0].options().dtype(at::kDouble)));
   return outputs;
 }
@@ -208,9 +214,13 @@ struct UpdateFunction : torch::autograd::Function<UpdateFunction> {
       sums = op<Backward>(rule + "_backward").call(grad_params, params, grads, state, hyper, all.back());
     } else {
       for (std::size_t i = 0; i < states; ++i) grad_state.push_back(upstream(n + i, state[i]));
+      std::int64_t needs = 0;
+      for (std::size_t i = 0; i < 2 * n + states; ++i)
+        if (ctx->needs_input_grad(i)) needs |= bit(int(i / n));
       const variable_list pulled =
-          op<Vjp>(rule + "_vjp").call(grad_params, grad_state, params, grads, state, hyper, all.back());
-      for (std::size_t i = 0; i < 2 * n + states; ++i) result[i] = pulled[i].to(inputs[i].scalar_type());
+          op<Vjp>(rule + "_vjp").call(grad_params, grad_state, params, grads, state, hyper, all.back(), needs);
+      for (std::size_t i = 0; i < 2 * n + states; ++i)
+        if (needs & bit(int(i / n))) result[i] = pulled[i].to(inputs[i].scalar_type());
       sums = pulled.back();
     }
     for (std::size_t i = 0; i < hypers; ++i)
@@ -241,7 +251,7 @@ void define_ops(const Rule& rule) {
   define("(Tensor[] params, Tensor[] grads, Tensor[] state, Tensor[] hyper, Tensor step, bool detach) -> Tensor[]");
   define(
       "_vjp(Tensor[] grad_params, Tensor[] grad_state, Tensor[] params, Tensor[] grads, Tensor[] state, "
-      "Tensor[] hyper, Tensor step) -> Tensor[]");
+      "Tensor[] hyper, Tensor step, int needs=-1) -> Tensor[]");
   define(
       "_backward(Tensor[] grad_params, Tensor[] params, Tensor[] grads, Tensor[] state, Tensor[] hyper, Tensor step) "
       "-> Tensor");
@@ -294,9 +304,9 @@ void define_ops(const Rule& rule) {
              check_inputs(*r, params, grads, state, hyper, step);
              std::vector<Tensor> outputs;
              for (TensorList list : {params, state})
-               for (const Tensor& t : list) outputs.push_back(t.clone());
-             update_cpu(*r, TensorList(outputs).slice(0, params.size()), grads,
-                        TensorList(outputs).slice(params.size()), values_of(hyper).data(), step.item<double>());
+               for (const Tensor& t : list) outputs.push_back(at::empty_like(t));
+             const std::vector<double> values = values_of(hyper);
+             update_cpu(*r, {params, grads, state, values.data(), step.item<double>()}, outputs);
              return outputs;
            });
   impl(name, DispatchKey::Meta,
@@ -328,19 +338,18 @@ void define_ops(const Rule& rule) {
   not_differentiable(name + "_backward");
 
   impl_cpu(name + "_vjp", [r](TensorList grad_params, TensorList grad_state, TensorList params, TensorList grads,
-                              TensorList state, TensorList hyper, const Tensor& step) {
+                              TensorList state, TensorList hyper, const Tensor& step, std::int64_t needs) {
     check_inputs(*r, params, grads, state, hyper, step);
     check_inputs(*r, params, grad_params, grad_state, hyper, step);
-    std::vector<Tensor> outputs = new_vjp(*r, params, hyper);
+    std::vector<Tensor> outputs = new_vjp(*r, params, hyper, needs);
     const std::vector<double> values = values_of(hyper);
     vjp_cpu(*r, grad_params, grad_state, {params, grads, state, values.data(), step.item<double>()},
             TensorList(outputs).slice(0, outputs.size() - 1), outputs.back().mutable_data_ptr<double>());
     return outputs;
   });
   impl(name + "_vjp", DispatchKey::Meta,
-       [r](TensorList, TensorList, TensorList params, TensorList, TensorList, TensorList hyper, const Tensor&) {
-         return new_vjp(*r, params, hyper);
-       });
+       [r](TensorList, TensorList, TensorList params, TensorList, TensorList, TensorList hyper, const Tensor&,
+           std::int64_t needs) { return new_vjp(*r, params, hyper, needs); });
   not_differentiable(name + "_vjp");
 }
 

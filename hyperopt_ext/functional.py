@@ -18,7 +18,7 @@ There is one function for each class of levels, by its name in lower case: ``ada
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -266,13 +266,17 @@ class Tower:
             raise ValueError(f"state is of {len(state.coordinates)} levels, but {self.stack} has {len(self._levels)}")
         if isinstance(params, Mapping) and (not isinstance(grads, Mapping) or list(grads) != list(params)):
             raise ValueError("grads must be a dict with the keys of params")
+        values, gradients = _values("params", params), [[g.detach() for g in _values("grads", grads)]]
+        shapes = [p.shape for p in values]
+        for argument, tensors in [("grads", gradients[0]), ("state", state.last[0][0])]:
+            if [t.shape for t in tensors] != shapes:
+                raise ValueError(f"{argument} must be of the shapes of params")
         # Bottom-up, the gradients of the loss with respect to what each level moves.
-        gradients = [[g.detach() for g in _values("grads", grads)]]
-        for level, x, last in zip(self._levels[:-1], state.coordinates, state.last, strict=False):
-            gradients.append(_hypergradients(level, x, last, gradients[-1], state.step))
+        for level, x, inputs in zip(self._levels[:-1], state.coordinates, state.last, strict=False):
+            gradients.append(_hypergradients(level, x, inputs, gradients[-1], state.step))
 
         # Top-down, the updates: each level has just been moved by the one above.
-        moved = [[p.detach() for p in _values("params", params)], *self._learned(state.coordinates)]
+        moved = [[p.detach() for p in values], *self._learned(state.coordinates)]
         last = list(zip(moved, gradients, state.states, strict=True))
         coordinates, states, steps = list(state.coordinates), list(state.states), state.step + 1
         with torch.no_grad():

@@ -227,7 +227,8 @@ def test_opcheck(case, learn):
     check(getattr(OPS, case.rule).default, (*functional_arguments(case, requires_grad=learn == "all"), learn == "lr"))
     params, grads, state, hyper, step = functional_arguments(case, requires_grad=False)
     check(getattr(OPS, f"{case.rule}_backward").default, (grads, params, grads, state, hyper, step))
-    check(getattr(OPS, f"{case.rule}_vjp").default, (grads, state, params, grads, state, hyper, step))
+    needs = 1 if learn == "lr" else (1 << (2 + len(RULES[case.rule]["state"]))) - 1
+    check(getattr(OPS, f"{case.rule}_vjp").default, (grads, state, params, grads, state, hyper, step, needs))
 
 
 def test_opcheck_of_the_tower():

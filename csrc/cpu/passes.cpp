@@ -403,24 +403,34 @@ void settle_cpu(const Rule& rule, const Pass& pass) {
   batch.finish();
 }
 
-void update_cpu(const Rule& rule, at::TensorList params, at::TensorList grads, at::TensorList state,
-                const double* hyper, double step) {
+void update_cpu(const Rule& rule, const Inputs& inputs, at::TensorList outputs) {
   const LearnedSet& set = rule.set_for(0);
-  const std::size_t n = params.size();
+  const std::size_t n = inputs.params.size(), states = rule.state.size();
   Batch batch(n);
   for (std::size_t i = 0; i < n; ++i) {
+    const at::Tensor& param = inputs.params[i];
     Item item{};
-    item.type = scalar_type(params[i]);
-    item.slice.count = params[i].numel();
-    item.slice.param = batch.elements(params[i], params[i], true);
-    item.slice.grad = batch.elements(params[i], grads[i], false);
-    for (std::size_t k = 0; k < rule.state.size(); ++k)
-      item.slice.state[k] = batch.elements(params[i], state[k * n + i], true);
+    item.type = scalar_type(param);
+    item.last_grad_bytes = arithmetic_bytes(item.type);
+    item.slice.count = param.numel();
+    item.slice.last_param = batch.elements(param, param, false);
+    item.slice.param = batch.elements(param, outputs[i], true);
+    item.slice.grad = batch.elements(param, inputs.grads[i], false);
+    for (std::size_t k = 0; k < states; ++k) {
+      item.slice.grad_state[k] = batch.elements(param, inputs.state[k * n + i], false);
+      item.slice.state[k] = batch.elements(param, outputs[(k + 1) * n + i], true);
+    }
     item.slice.scale = 1.0;
-    item.prepared = batch.prepared(rule.cpu[item.type].prepare, hyper, step);
+    item.prepared = batch.prepared(rule.cpu[item.type].prepare, inputs.hyper, inputs.step);
     batch.add(item);
   }
+  // The kernel works in place, on a copy of the inputs (in last_param and grad_state) that has just come into the cache.
   batch.run([&](const Item& item, const Slice& slice, std::size_t) {
+    const auto copy = [&](void* to, const void* from, std::int64_t bytes) {
+      std::memcpy(to, from, std::size_t(slice.count * bytes));
+    };
+    copy(slice.param, slice.last_param, param_bytes(item.type));
+    for (std::size_t k = 0; k < states; ++k) copy(slice.state[k], slice.grad_state[k], arithmetic_bytes(item.type));
     set.cpu[item.type].update(slice, item.prepared, nullptr);
   });
   batch.finish();
@@ -449,13 +459,17 @@ void differentiate(const Rule& rule, SumKernel StepKernels::* kernel, at::Tensor
     }
     if (!grad_inputs.empty())
       for (std::size_t k = 0; k < 2 + states; ++k)
-        item.slice.grad_input[k] = batch.elements(param, grad_inputs[k * n + i], true);
+        if (const at::Tensor& grad = grad_inputs[k * n + i]; grad.numel() == param.numel())
+          item.slice.grad_input[k] = batch.elements(param, grad, true);
     item.slice.scale = 1.0;
     item.prepared = batch.prepared(all.cpu[item.type].prepare_dual, inputs.hyper, inputs.step);
     batch.add(item);
   }
   std::vector<double> partial(batch.chunks() * hypers, 0.0);
-  batch.run([&](const Item& item, const Slice& slice, std::size_t chunk) {
+  batch.run([&](const Item& item, Slice slice, std::size_t chunk) {
+    thread_local std::vector<double> unwanted(kChunk);
+    for (void*& grad : slice.grad_input)
+      if (grad == nullptr) grad = unwanted.data();
     (rule.cpu[item.type].*kernel)(slice, item.prepared, partial.data() + chunk * hypers);
   });
   batch.finish();

@@ -48,22 +48,22 @@ void step_cpu(const Rule& rule, const Pass& pass);
 // date, the last update is no longer on record, and traces fade by one step. `grads` is not read.
 void settle_cpu(const Rule& rule, const Pass& pass);
 
-// One step on tensors of its own, with given values: params and state are written.
-void update_cpu(const Rule& rule, at::TensorList params, at::TensorList grads, at::TensorList state,
-                const double* hyper, double step);
-
-// The inputs of one step, as update_cpu takes them.
+// The inputs of one step with given values.
 struct Inputs {
   at::TensorList params, grads, state;
   const double* hyper;
   double step;
 };
 
+// One step: the new parameters and the new state go to `outputs`, in this order.
+void update_cpu(const Rule& rule, const Inputs& inputs, at::TensorList outputs);
+
 // sums [hypers] += d <grad_params, updated params> / d hyper.
 void backward_cpu(const Rule& rule, at::TensorList grad_params, const Inputs& inputs, double* sums);
 
 // The same for <grad_params, updated params> + <grad_state, updated state>, and what it is with respect to each
-// parameter, gradient and state: grad_inputs, in this order, in the arithmetic type of the parameters.
+// parameter, gradient and state: grad_inputs, in this order, in the arithmetic type of the parameters. Those that are empty
+// are not wanted.
 void vjp_cpu(const Rule& rule, at::TensorList grad_params, at::TensorList grad_state, const Inputs& inputs,
              at::TensorList grad_inputs, double* sums);
 

@@ -259,7 +259,10 @@ class Tower:
         Raises:
             TypeError: ``params`` or ``grads`` hold something that is not a tensor, or ``state`` is none of a tower.
             ValueError: lists that do not match, or a state of another stack.
+            RuntimeError: under ``torch.export``.
         """
+        if torch.compiler.is_exporting():
+            raise RuntimeError("torch.export does not know autograd.grad; export a step of hx.functional.<rule>")
         if not isinstance(state, TowerState):
             raise TypeError("state must be the TowerState that init() or the last step() returned")
         if len(state.coordinates) != len(self._levels):

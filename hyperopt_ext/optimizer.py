@@ -273,12 +273,18 @@ class HyperOptimizer(Optimizer):
         Raises:
             ValueError: a gradient is sparse, or does not match its parameter in shape, dtype or device. Nothing is
                 changed then.
+            RuntimeError: under ``torch.export``.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
 
+        if torch.compiler.is_exporting():
+            raise RuntimeError(
+                "torch.export would make constants of the parameters and of the optimizer's state; export a step of "
+                "hx.functional.<rule>"
+            )
         if torch.compiler.is_compiling():
             _create_state(self._key)
         # All gradients before any state: dynamo must not meet a parameter as a key of the state first.

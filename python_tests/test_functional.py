@@ -275,9 +275,9 @@ def test_what_cannot_be_exported_says_so(strict):
     problem = Regression(1)
     opt = hx.HyperOptimizer(problem.model.parameters(), hx.Adam() / hx.SGD())
     problem.loss(0).backward()
-    with pytest.raises(Exception, match="export a step of hx.functional"):
+    with pytest.raises(Exception, match="export a step of hx"):
         torch.export.export(Step(opt.step), (), strict=strict)
     tower = hx.functional.tower(hx.Adam() / hx.SGD())
     params, state = tower.init([torch.ones(2)])
-    with pytest.raises(Exception, match="export a step of hx.functional"):
+    with pytest.raises(Exception, match="export a step of hx"):
         torch.export.export(Step(tower.step), (params, params, state), strict=strict)

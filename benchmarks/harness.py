@@ -116,45 +116,40 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return peak
 
 
-@dataclass
-class Compiled:
-    """A compiled function, with what it took. All numbers are filled in by :func:`compiled`."""
-
-    run: Callable[[], object]
-    seconds: float  # of the first call
-    graphs: int
-    breaks: int
-    recompiles: int  # over the calls that followed
-
-
 def compiled(
-    function: Callable[..., Any], drive: Callable[[Callable[..., Any]], Callable[[], object]], calls: int = 20
-):
-    """``torch.compile`` of a function that is called the way ``drive(function)`` calls it.
+    function: Callable[..., Any], drive: Callable[[Callable[..., Any]], Callable[[], object]], calls: int = 100
+) -> dict[str, Any]:
+    """``torch.compile`` of a function, and what it took.
 
-    The function gets a code object of its own: dynamo keeps what it compiles by code object, and would look through
-    the graphs of all contenders that share one at every call.
+    The function gets a code object of its own: dynamo keeps its graphs by code object, and would look through those of
+    all contenders that share one at every call.
+
+    Returns:
+        ``run``, the compiled function as ``drive(function)`` calls it; ``first_call_seconds``; ``graphs`` and
+        ``graph_breaks`` in all; and ``recompiles``, the graphs made after the first call, over some more calls.
     """
-    own = FunctionType(
-        function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}"),
-        function.__globals__,
-        closure=function.__closure__,
-        argdefs=function.__defaults__,
-    )
-    run = drive(torch.compile(own, dynamic=False))
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
+    own = FunctionType(code, function.__globals__, closure=function.__closure__, argdefs=function.__defaults__)
+    run = drive(torch.compile(own))
 
-    def stats() -> tuple[int, int]:
+    def made() -> tuple[int, int]:
         return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
-    before = stats()
+    before = made()
     start = perf_counter()
     run()
     seconds = perf_counter() - start
-    first = stats()
+    first = made()
     for _ in range(calls):
         run()
-    after = stats()
-    return Compiled(run, seconds, after[0] - before[0], after[1] - before[1], after[0] - first[0])
+    after = made()
+    return {
+        "run": run,
+        "first_call_seconds": seconds,
+        "graphs": after[0] - before[0],
+        "graph_breaks": after[1] - before[1],
+        "recompiles": after[0] - first[0],
+    }
 
 
 def median(name: str, values: Samples) -> dict[str, Any]:

@@ -35,6 +35,7 @@ format: $(VENV)/.built
 benchmarks: $(VENV)/.built
 	$(BIN)/python benchmarks/step_cost.py
 	$(BIN)/python benchmarks/height_scaling.py
+	$(BIN)/python benchmarks/compile.py
 	$(BIN)/python -m pytest benchmarks -o addopts= --benchmark-only
 
 clean:

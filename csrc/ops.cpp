@@ -177,7 +177,7 @@ struct UpdateFunction : torch::autograd::Function<UpdateFunction> {
 
   static variable_list forward(torch::autograd::AutogradContext* ctx, TensorList params, TensorList grads,
                                TensorList state, TensorList hyper, const Tensor& step, bool detach,
-                               const std::string& rule) {
+                               const std::string& rule, variable_list* constant_outputs) {
     at::AutoDispatchBelowADInplaceOrView below;
     variable_list outputs = op<Update>(rule).call(params, grads, state, hyper, step, detach);
     variable_list inputs;
@@ -188,6 +188,10 @@ struct UpdateFunction : torch::autograd::Function<UpdateFunction> {
     ctx->saved_data["detach"] = detach;
     ctx->saved_data["params"] = std::int64_t(params.size());
     ctx->saved_data["hypers"] = std::int64_t(hyper.size());
+    if (detach) {  // not by mark_non_differentiable, which compiled autograd does not take
+      constant_outputs->assign(outputs.begin() + std::ptrdiff_t(params.size()), outputs.end());
+      outputs.resize(params.size());
+    }
     return outputs;
   }
 
@@ -207,7 +211,7 @@ struct UpdateFunction : torch::autograd::Function<UpdateFunction> {
     };
     variable_list grad_params, grad_state;
     for (std::size_t i = 0; i < n; ++i) grad_params.push_back(upstream(i, params[i]));
-    variable_list result(inputs.size() + 2);  // two for `detach` and the name of the rule
+    variable_list result(inputs.size() + 3);  // three for what follows `step`
     Tensor sums;
     if (detach) {
       sums = op<Backward>(rule + "_backward").call(grad_params, params, grads, state, hyper, all.back());
@@ -319,8 +323,8 @@ void define_ops(const Rule& rule) {
   impl(
       name, DispatchKey::Autograd,
       [name](TensorList params, TensorList grads, TensorList state, TensorList hyper, const Tensor& step, bool detach) {
-        if (!detach) return UpdateFunction::apply(params, grads, state, hyper, step, detach, name);
-        // No edge where no gradient goes: compiled autograd takes neither mark_non_differentiable nor one that is undefined.
+        if (!detach) return UpdateFunction::apply(params, grads, state, hyper, step, detach, name, nullptr);
+        // No edge where no gradient goes: compiled autograd takes none that is undefined.
         const auto constants = [](TensorList list) {
           variable_list result(list.begin(), list.end());
           for (Tensor& t : result)
@@ -328,10 +332,10 @@ void define_ops(const Rule& rule) {
           return result;
         };
         const variable_list p = constants(params), g = constants(grads), s = constants(state);
+        variable_list new_state;
         variable_list outputs =
-            UpdateFunction::apply(TensorList(p), TensorList(g), TensorList(s), hyper, step, detach, name);
-        for (std::size_t i = p.size(); i < outputs.size(); ++i)
-          if (outputs[i].requires_grad()) outputs[i] = outputs[i].detach();
+            UpdateFunction::apply(TensorList(p), TensorList(g), TensorList(s), hyper, step, detach, name, &new_state);
+        outputs.insert(outputs.end(), new_state.begin(), new_state.end());
         return outputs;
       });
 

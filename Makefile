@@ -1,24 +1,26 @@
 # make demo, make test: each sets up all that it needs in $(VENV), and a second call reuses it.
 #   TORCH=torch==2.12.0 make test   with another torch
 #   PYTHON=python3.12 make test     with another Python
+#   JOBS=8 make test                with so many processes; one core each is best
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 ARGS ?=
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 TORCH_STAMP := $(VENV)/.installed-$(shell echo '$(TORCH)' | tr -c 'A-Za-z0-9.\n' _)
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+SOURCES := setup.py pyproject.toml hyperopt_ext/_build.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/* examples/*/*/*.h)
 
-.PHONY: demo test lint format benchmarks clean
+.PHONY: demo test lint format benchmarks gpu clean
 
 demo: $(VENV)/.built
 	$(BIN)/python -m hyperopt_ext.demo $(ARGS)
 
 test: $(VENV)/.built
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .
@@ -35,7 +37,17 @@ format: $(VENV)/.built
 benchmarks: $(VENV)/.built
 	$(BIN)/python benchmarks/step_cost.py
 	$(BIN)/python benchmarks/height_scaling.py
+	$(BIN)/python benchmarks/recorder.py
+	$(BIN)/python benchmarks/compile.py
 	$(BIN)/python -m pytest benchmarks -o addopts= --benchmark-only
+
+# On a GPU machine, with the Python that has its torch, and no network: build, tests of the kernels, sanitizers, benchmark.
+gpu:
+	$(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m pytest -m cuda python_tests/test_device.py python_tests/test_compile.py $(ARGS)
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) benchmarks/gpu_step.py
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) benchmarks/gpu_step.py
+	$(PYTHON) benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info hyperopt_ext/*.so

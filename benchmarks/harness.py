@@ -19,8 +19,10 @@ import shlex
 import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from time import perf_counter
+from types import FunctionType
 from typing import Any, TypeVar
 
 import matplotlib as mpl
@@ -29,11 +31,14 @@ import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.progress import track
+from torch._dynamo.utils import counters
 
 mpl.use("Agg")
 
 Key = TypeVar("Key", bound=Hashable)
 Samples = NDArray[np.float64]
+
+_numbers = count()
 
 WARM_UP_CALLS = 3  # the first steps allocate state and have no hypergradient
 
@@ -96,6 +101,55 @@ def interleave(
     finally:
         gc.enable()
     return samples
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """How much memory tensors hold at most during a call, beyond what they hold before it: what torch allocates."""
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def compiled(
+    function: Callable[..., Any], drive: Callable[[Callable[..., Any]], Callable[[], object]], calls: int = 100
+) -> dict[str, Any]:
+    """``torch.compile`` of a function, and what it took.
+
+    The function gets a code object of its own: dynamo keeps its graphs by code object, and would look through those of
+    all contenders that share one at every call.
+
+    Returns:
+        ``run``, the compiled function as ``drive(function)`` calls it; ``first_call_seconds``; ``graphs`` and
+        ``graph_breaks`` in all; and ``recompiles``, the graphs made after the first call, over some more calls.
+    """
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
+    own = FunctionType(code, function.__globals__, closure=function.__closure__, argdefs=function.__defaults__)
+    run = drive(torch.compile(own))
+
+    def made() -> tuple[int, int]:
+        return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+    before = made()
+    start = perf_counter()
+    run()
+    seconds = perf_counter() - start
+    first = made()
+    for _ in range(calls):
+        run()
+    after = made()
+    return {
+        "run": run,
+        "first_call_seconds": seconds,
+        "graphs": after[0] - before[0],
+        "graph_breaks": after[1] - before[1],
+        "recompiles": after[0] - first[0],
+    }
 
 
 def median(name: str, values: Samples) -> dict[str, Any]:

@@ -4,16 +4,17 @@
 
 Towers of Adams, each level learning lr and both betas of the one below, train the same model on the same batches:
 
-    fused      ``hx.HyperOptimizer``: no graph, the whole tower in one call
-    autograd   the tower of autograd_tower.py: each level's step is in the graph, as in the paper
-    package    the paper's own package, gradient-descent-the-ultimate-optimizer, with the same start values. It is run
-               with a plain ``backward()``: the graph of the backward that its authors ask for changes nothing but time
+    fused        ``hx.HyperOptimizer``: no graph, the whole tower in one call
+    functional   ``hx.functional.tower``: each level's step is a function that autograd differentiates, as in the paper
+    package      the paper's package, gradient-descent-the-ultimate-optimizer, with the same start values. It is run
+                 with a plain ``backward()``: the graph of the backward that its authors ask for only costs time
 
-Timed is the whole training step, since the autograd forms do part of the tower's work in the model's backward pass;
-for the fused form also ``step()`` alone, in training, and as a floor the model's forward and backward without any
-optimizer. All forms of all heights are timed in one interleaved run. The lines time = a + b height are fitted to the
-medians from height 2 on: at height 1 there is nothing to learn, and the fused form saves its pass over the parameters.
-Before all that the fused and the autograd form are run side by side in float64, and must agree.
+and the first two also compiled: forward, gradients, tower and update as one graph. Timed is the whole training step,
+since the package does part of the tower's work in the model's backward pass; for the fused form also ``step()`` alone,
+in training, and as a floor the model's forward and backward without any optimizer. All forms of all heights are timed
+in one interleaved run. The lines time = a + b height are fitted to the medians from height 2 on: at height 1 there is
+nothing to learn, and the fused form saves its pass over the parameters. Before all that the fused and the functional
+form are run side by side in float64, and must agree.
 """
 
 from __future__ import annotations
@@ -24,9 +25,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from autograd_tower import AutogradTower
+import torch._dynamo
 from gradient_descent_the_ultimate_optimizer import gdtuo
-from harness import Contender, describe_machine, fit_line, format_seconds, interleave, median, save, timing_options
+from harness import (
+    Contender,
+    compiled,
+    describe_machine,
+    fit_line,
+    format_seconds,
+    interleave,
+    median,
+    save,
+    timing_options,
+)
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
@@ -34,6 +45,7 @@ from mlp import MLP, batches, mlp, training_step
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from torch.nn import functional as F
 
 import hyperopt_ext as hx
@@ -44,12 +56,15 @@ LR = 1e-3  # of every level
 
 FORMS = {
     "fused": "hx.HyperOptimizer",
-    "autograd": "hx.functional in autograd",
+    "fused, compiled": "hx.HyperOptimizer, compiled",
+    "functional": "hx.functional.tower",
+    "functional, compiled": "hx.functional.tower, compiled",
     "package": "the paper's package",
     "model": "model alone: forward and backward",
     "fused step()": "hx.HyperOptimizer.step() alone",
 }
-HIGHEST = {"autograd": 200, "package": 50}  # beyond, a round would take a second or more
+# Beyond, a round would take a second or more, or a compilation a minute.
+HIGHEST = {"functional": 200, "functional, compiled": 20, "package": 50}
 
 
 def fused(height: int, dtype: torch.dtype = torch.float32) -> tuple[MLP, hx.HyperOptimizer]:
@@ -70,16 +85,46 @@ def fused_step(height: int) -> tuple[Contender, hx.HyperOptimizer]:
     return Contender(optimizer.step, prepare), optimizer
 
 
-def autograd_training(height: int) -> Callable[[], None]:
-    tower = AutogradTower(MLP().parameters(), height, lr=LR)
+def fused_compiled(height: int) -> tuple[Callable[[], None], hx.HyperOptimizer]:
+    model, optimizer = fused(height)
+    params, data = list(model.parameters()), batches()
+
+    def step(x: Tensor, y: Tensor) -> None:
+        gradients = torch.autograd.grad(F.cross_entropy(model(x), y), params)
+        for p, g in zip(params, gradients, strict=True):
+            p.grad = g
+        optimizer.step()
+
+    return compiled(step, lambda step: lambda: step(*next(data)), calls=1)["run"], optimizer
+
+
+def functional(height: int, dtype: torch.dtype = torch.float32) -> tuple[Callable[..., Any], Any]:
+    """A training step (params, state, x, y) -> (params, state), and its start."""
+    tower = hx.functional.tower(hx.Stack.of(hx.Adam(lr=LR), height=height))
+
+    def loss_of(params: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(mlp(x, *params), y)
+
+    def step(params: list[Tensor], state: Any, x: Tensor, y: Tensor) -> Any:
+        return tower.step(params, torch.func.grad(loss_of)(params, x, y), state)
+
+    return step, tower.init(list(MLP(dtype).parameters()))
+
+
+def functional_training(height: int, compile: bool = False) -> Callable[[], None]:
+    step, start = functional(height)
     data = batches()
 
-    def step() -> None:
-        x, y = next(data)
-        F.cross_entropy(mlp(x, *tower.params), y).backward()
-        tower.step()
+    def drive(step: Callable[..., Any]) -> Callable[[], None]:
+        held = start
 
-    return step
+        def run() -> None:
+            nonlocal held
+            held = step(*held, *next(data))
+
+        return run
+
+    return compiled(step, drive, calls=1)["run"] if compile else drive(step)
 
 
 def package_training(height: int) -> Callable[[], None]:
@@ -114,9 +159,9 @@ def model_alone() -> Callable[[], None]:
 
 
 def disagreement(height: int, steps: int = 30) -> float:
-    """The largest difference between the parameters of the fused and the autograd form, in float64."""
+    """The largest difference between the parameters of the fused and the functional form, in float64."""
     model, optimizer = fused(height, torch.float64)
-    tower = AutogradTower(model.parameters(), height, lr=LR)
+    function, held = functional(height, torch.float64)
     data = batches(torch.float64)
     worst = 0.0
     for _ in range(steps):
@@ -124,9 +169,8 @@ def disagreement(height: int, steps: int = 30) -> float:
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
-        F.cross_entropy(mlp(x, *tower.params), y).backward()
-        tower.step()
-        differences = [(p - q).abs().max() for p, q in zip(model.parameters(), tower.params, strict=True)]
+        held = function(*held, x, y)
+        differences = [(p - q).abs().max() for p, q in zip(model.parameters(), held[0], strict=True)]
         worst = max(worst, torch.stack(differences).max().item())
     return worst
 
@@ -139,8 +183,13 @@ def measure(heights: Sequence[int], rounds: int) -> list[dict[str, Any]]:
         contenders["fused", height] = Contender(training_step(*fused(height)))
         contenders["fused step()", height], optimizer = fused_step(height)
         optimizers.append(optimizer)
-        if height <= HIGHEST["autograd"]:
-            contenders["autograd", height] = Contender(autograd_training(height))
+        run, optimizer = fused_compiled(height)
+        contenders["fused, compiled", height] = Contender(run)
+        optimizers.append(optimizer)
+        if height <= HIGHEST["functional"]:
+            contenders["functional", height] = Contender(functional_training(height))
+        if height <= HIGHEST["functional, compiled"]:
+            contenders["functional, compiled", height] = Contender(functional_training(height, compile=True))
         if height <= HIGHEST["package"]:
             contenders["package", height] = Contender(package_training(height))
     samples = interleave(contenders, rounds, "rounds")
@@ -182,7 +231,17 @@ def print_tables(console: Console, rows: Sequence[dict[str, Any]], lines: dict[s
 def draw(rows: Sequence[dict[str, Any]], lines: dict[str, dict[str, float]]) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6), layout="constrained")
     panels = [
-        (left, 1e3, {"package": ("C3", "s"), "autograd": ("C1", "^"), "fused": ("C0", "o")}),
+        (
+            left,
+            1e3,
+            {
+                "package": ("C3", "s"),
+                "functional": ("C1", "^"),
+                "functional, compiled": ("C4", "v"),
+                "fused": ("C0", "o"),
+                "fused, compiled": ("C2", "D"),
+            },
+        ),
         (right, 1e6, {"fused step()": ("C0", "o")}),
     ]
     for ax, unit, styles in panels:
@@ -227,13 +286,14 @@ def main() -> None:
     torch.set_num_threads(options.threads)
 
     worst = max(disagreement(height) for height in range(1, 5))
-    assert worst < 1e-9, f"the autograd tower differs from the fused one by {worst:g}"
-    rows = measure(heights, rounds)
+    assert worst < 1e-9, f"the functional tower differs from the fused one by {worst:g}"
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        rows = measure(heights, rounds)
     lines = fit(rows)
     console = Console()
     console.print(describe_machine(), highlight=False)
     print_tables(console, rows, lines)
-    results = {"rounds": rounds, "fused_minus_autograd_in_float64": worst, "lines": lines, "rows": rows}
+    results = {"rounds": rounds, "fused_minus_functional_in_float64": worst, "lines": lines, "rows": rows}
     save("height_scaling", results, draw(rows, lines), options.out)
 
 

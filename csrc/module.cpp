@@ -1,6 +1,11 @@
 // hyperopt_ext._C: defines the operators, and tells Python what rules there are, so that the two sides cannot drift.
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
+
 #include "ops.h"
 #include "tower.h"
 
@@ -37,12 +42,42 @@ py::dict describe(const Rule& rule, int id) {
   return result;
 }
 
+// Takes over the rules of another library, all or none; those that are here already stay. Returns their names.
+std::vector<std::string> add_rules(const Library& from) {
+  const Library& own = library();
+  if (std::strcmp(from.headers, own.headers) != 0 || from.rule_bytes != own.rule_bytes)
+    throw std::runtime_error(
+        "was compiled with the headers of another version of hyperopt_ext than the one that is running; build it "
+        "again");
+  std::vector<std::string> names;
+  std::vector<const Rule*> added;
+  for (std::size_t i = 0; i < from.count; ++i) {
+    const Rule* const rule = from.rules[i];
+    const bool twice = std::find(names.begin(), names.end(), rule->name) != names.end();
+    names.emplace_back(rule->name);
+    if (std::find(rules().begin(), rules().end(), rule) != rules().end()) continue;
+    if (twice || is_defined(rule->name))
+      throw std::invalid_argument("has a rule called '" + names.back() + "', but this name is taken" +
+                                  (twice ? "" : "; to load a rule that was changed, start a new process"));
+    added.push_back(rule);
+  }
+  if (!added.empty())
+    device_rules().insert(device_rules().end(), from.device_rules, from.device_rules + from.device_count);
+  for (const Rule* rule : added) {
+    define_ops(*rule);
+    rules().push_back(rule);
+  }
+  return names;
+}
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   define_tower_ops();
   for (const Rule* rule : rules()) define_ops(*rule);
 
+  m.attr("OK") = int(kOk);
   m.attr("SKIPPED") = int(kSkipped);
   m.attr("HELD") = int(kHeld);
+  m.attr("SCHEDULE") = int(kSchedule);
   m.attr("SPACE_BITS") = kSpaceBits;
   m.def("spaces", [] { return std::vector<std::string>(kSpaces.begin(), kSpaces.end()); });
   m.def("rules", [] {
@@ -50,6 +85,17 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     for (std::size_t i = 0; i < rules().size(); ++i) result.append(describe(*rules()[i], int(i)));
     return result;
   });
+  m.def(
+      "add_rules", [](std::uintptr_t address) { return add_rules(*reinterpret_cast<const Library*>(address)); },
+      "Adds the rules of another shared library, from what its hyperopt_ext_library() returns, and gives their names.");
+  m.def(
+      "library", [] { return reinterpret_cast<std::uintptr_t>(&library()); },
+      "The address of the rules of this library, for another one that makes operators of them.");
+#ifdef HX_WITH_CUDA
+  m.attr("WITH_CUDA") = true;
+#else
+  m.attr("WITH_CUDA") = false;
+#endif
   m.attr("SETTINGS") = std::vector<std::string>(kSettingNames.begin(), kSettingNames.end());
   m.def(
       "record",
@@ -83,16 +129,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "tower_offsets",
       [](const Plan& plan) {
-        std::vector<std::pair<std::int64_t, std::int64_t>> offsets;
+        std::vector<std::array<std::int64_t, 3>> offsets;
         for (int k = 0; k < levels(plan); ++k) {
           const std::int64_t* const level = plan.data() + k * kPlanColumns;
           double* const start = nullptr;
           const LevelRow row(start + level[kStart], int(level[kHypers]), 0, 0);
-          offsets.emplace_back(row.live - start, row.bounded - start);
+          offsets.push_back({row.live - start, row.bounded - start, row.used - start});
         }
         return offsets;
       },
-      "Where in a row the live and the bounded values of each level start.");
+      "Where in a row the live, the bounded and the used values of each level start.");
 }
 
 }  // namespace

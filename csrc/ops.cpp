@@ -25,7 +25,7 @@
 #include <array>
 
 #include "cpu/passes.h"
-#ifdef HX_WITH_CUDA
+#if defined(HX_WITH_CUDA) || defined(HX_EMULATE_CUDA)
 #include "cuda/passes.h"
 #endif
 #include "tower.h"
@@ -37,15 +37,20 @@ using at::Tensor;
 using at::TensorList;
 using torch::autograd::variable_list;
 
-torch::Library& library() {
-  static auto* const lib =
-      new torch::Library(torch::Library::FRAGMENT, "hyperopt_ext", std::nullopt, __FILE__, __LINE__);
+#ifdef HX_EMULATE_CUDA  // the tests: the CUDA kernels as loops on the host, see cuda/launch.h
+constexpr char kNamespace[] = "hyperopt_ext_emulated";
+#else
+constexpr char kNamespace[] = "hyperopt_ext";
+#endif
+
+torch::Library& torch_library() {
+  static auto* const lib = new torch::Library(torch::Library::FRAGMENT, kNamespace, std::nullopt, __FILE__, __LINE__);
   return *lib;
 }
 
 template <class F>
 void impl(const std::string& name, c10::DispatchKey key, F&& kernel) {
-  library().impl(name.c_str(), torch::dispatch(key, torch::CppFunction(std::forward<F>(kernel))));
+  torch_library().impl(name.c_str(), torch::dispatch(key, torch::CppFunction(std::forward<F>(kernel))));
 }
 
 // The devices, each with the keys under which the dispatcher looks for its kernels: one sparse tensor in a list makes it
@@ -58,7 +63,11 @@ struct Device {
 const std::vector<Device>& devices() {
   using Key = c10::DispatchKey;
   static const std::vector<Device> all{
+#ifdef HX_EMULATE_CUDA
+      {cuda_backend, {Key::CPU, Key::SparseCPU, Key::SparseCsrCPU}},
+#else
       {cpu_backend, {Key::CPU, Key::SparseCPU, Key::SparseCsrCPU}},
+#endif
 #ifdef HX_WITH_CUDA
       {cuda_backend, {Key::CUDA, Key::SparseCUDA, Key::SparseCsrCUDA}},
 #endif
@@ -75,7 +84,9 @@ void impl_devices(const std::string& name, F&& make) {
 
 template <class Signature>
 c10::TypedOperatorHandle<Signature> op(const std::string& name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(("hyperopt_ext::" + name).c_str(), "").typed<Signature>();
+  return c10::Dispatcher::singleton()
+      .findSchemaOrThrow((std::string(kNamespace) + "::" + name).c_str(), "")
+      .typed<Signature>();
 }
 
 // Writes through raw pointers do not show: tell autograd of them.
@@ -83,31 +94,33 @@ void wrote(TensorList tensors) {
   for (const Tensor& t : tensors) t.unsafeGetTensorImpl()->bump_version();
 }
 
-// The arguments of a pass as its operators take them, and some more.
+// The arguments of a pass as its operators take them, with some more before the last.
 template <class Result, class... More>
 using OfPass = Result(TensorList, TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor&,
-                      at::IntArrayRef, std::int64_t, double, double, double, More...);
+                      at::IntArrayRef, std::int64_t, double, double, double, More..., const std::optional<Tensor>&);
 
 // A kernel with these arguments, from a function of a Pass.
 template <class... More, class F>
 auto of_pass(F f) {
   return [f](TensorList params, TensorList grads, TensorList state, TensorList record, TensorList steps,
              TensorList ticks, const Tensor& tower, at::IntArrayRef rows, std::int64_t learn, double horizon,
-             double horizon_growth, double scale, More... more) {
-    return f(Pass{params, grads, state, record, steps, ticks, tower, rows, Mask(learn), horizon, horizon_growth, scale},
+             double horizon_growth, double scale, More... more, const std::optional<Tensor>& grad_scale) {
+    return f(Pass{params, grads, state, record, steps, ticks, tower, rows, Mask(learn), horizon, horizon_growth, scale,
+                  grad_scale},
              more...);
   };
 }
 
 void call(const c10::TypedOperatorHandle<OfPass<void>>& op, const Pass& p) {
   op.call(p.params, p.grads, p.state, p.record, p.steps, p.ticks, p.tower, p.rows, std::int64_t(p.learn), p.horizon,
-          p.horizon_growth, p.scale);
+          p.horizon_growth, p.scale, p.grad_scale);
 }
 
 using TowerOp = void(TensorList, TensorList, TensorList, TensorList, TensorList, at::IntArrayRef);
 using Update = std::vector<Tensor>(TensorList, TensorList, TensorList, TensorList, const Tensor&, bool);
 using Backward = Tensor(TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor&);
-using Vjp = std::vector<Tensor>(TensorList, TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor&);
+using Vjp = std::vector<Tensor>(TensorList, TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor&,
+                                std::int64_t);
 
 // The arguments of R and R_backward.
 void check_inputs(const Rule& rule, TensorList params, TensorList grads, TensorList state, TensorList hyper,
@@ -124,8 +137,9 @@ void check_inputs(const Rule& rule, TensorList params, TensorList grads, TensorL
   TORCH_CHECK_VALUE(step.numel() == 1, "step must be a tensor of one number");
   for (std::size_t i = 0; i < n; ++i) {
     const auto fits = [&](const char* name, const Tensor& t, at::ScalarType type) {
-      TORCH_CHECK_VALUE(t.layout() == at::kStrided && t.scalar_type() == type && t.sizes() == params[i].sizes(), name,
-                        " of params[", i, "] must be a dense ", type, " tensor of shape ", params[i].sizes());
+      const c10::SymIntArrayRef sizes = params[i].sym_sizes();  // a graph of dynamic shapes stays one
+      TORCH_CHECK_VALUE(t.layout() == at::kStrided && t.scalar_type() == type && t.sym_sizes() == sizes, name,
+                        " of params[", i, "] must be a dense ", type, " tensor of shape ", sizes);
     };
     const at::ScalarType type = params[i].scalar_type();
     TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16, "params[",
@@ -195,10 +209,14 @@ Tensor new_sums(TensorList params, TensorList hyper) {
 }
 
 // What R_vjp returns, not yet filled: a tensor for each parameter, gradient and state, and one for the hyperparameters.
-std::vector<Tensor> new_vjp(const Rule& rule, TensorList params, TensorList hyper) {
+// `needs` has a bit for the parameters, one for the gradients and one for each state; without it, these tensors are empty.
+std::vector<Tensor> new_vjp(const Rule& rule, TensorList params, TensorList hyper, std::int64_t needs) {
   std::vector<Tensor> outputs;
   for (std::size_t k = 0; k < 2 + rule.state.size(); ++k)
-    for (const Tensor& p : params) outputs.push_back(at::empty_like(p, p.options().dtype(arithmetic(p.scalar_type()))));
+    for (const Tensor& p : params) {
+      const at::TensorOptions options = p.options().dtype(arithmetic(p.scalar_type()));
+      outputs.push_back(needs & bit(int(k)) ? at::empty_like(p, options) : at::empty({0}, options));
+    }
   outputs.push_back(new_sums(params, hyper));
   return outputs;
 }
@@ -210,7 +228,7 @@ struct UpdateFunction : torch::autograd::Function<UpdateFunction> {
 
   static variable_list forward(torch::autograd::AutogradContext* ctx, TensorList params, TensorList grads,
                                TensorList state, TensorList hyper, const Tensor& step, bool detach,
-                               const std::string& rule) {
+                               const std::string& rule, variable_list* constant_outputs) {
     at::AutoDispatchBelowADInplaceOrView below;
     variable_list outputs = op<Update>(rule).call(params, grads, state, hyper, step, detach);
     variable_list inputs;
@@ -221,7 +239,10 @@ struct UpdateFunction : torch::autograd::Function<UpdateFunction> {
     ctx->saved_data["detach"] = detach;
     ctx->saved_data["params"] = std::int64_t(params.size());
     ctx->saved_data["hypers"] = std::int64_t(hyper.size());
-    if (detach) ctx->mark_non_differentiable({outputs.begin() + std::ptrdiff_t(params.size()), outputs.end()});
+    if (detach) {  // not by mark_non_differentiable, which compiled autograd does not take
+      constant_outputs->assign(outputs.begin() + std::ptrdiff_t(params.size()), outputs.end());
+      outputs.resize(params.size());
+    }
     return outputs;
   }
 
@@ -241,15 +262,19 @@ struct UpdateFunction : torch::autograd::Function<UpdateFunction> {
     };
     variable_list grad_params, grad_state;
     for (std::size_t i = 0; i < n; ++i) grad_params.push_back(upstream(i, params[i]));
-    variable_list result(inputs.size() + 2);  // two for `detach` and the name of the rule
+    variable_list result(inputs.size() + 3);  // three for what follows `step`
     Tensor sums;
     if (detach) {
       sums = op<Backward>(rule + "_backward").call(grad_params, params, grads, state, hyper, all.back());
     } else {
       for (std::size_t i = 0; i < states; ++i) grad_state.push_back(upstream(n + i, state[i]));
+      std::int64_t needs = 0;
+      for (std::size_t i = 0; i < 2 * n + states; ++i)
+        if (ctx->needs_input_grad(i)) needs |= bit(int(i / n));
       const variable_list pulled =
-          op<Vjp>(rule + "_vjp").call(grad_params, grad_state, params, grads, state, hyper, all.back());
-      for (std::size_t i = 0; i < 2 * n + states; ++i) result[i] = pulled[i].to(inputs[i].scalar_type());
+          op<Vjp>(rule + "_vjp").call(grad_params, grad_state, params, grads, state, hyper, all.back(), needs);
+      for (std::size_t i = 0; i < 2 * n + states; ++i)
+        if (needs & bit(int(i / n))) result[i] = pulled[i].to(inputs[i].scalar_type());
       sums = pulled.back();
     }
     for (std::size_t i = 0; i < hypers; ++i)
@@ -260,27 +285,32 @@ struct UpdateFunction : torch::autograd::Function<UpdateFunction> {
 
 }  // namespace
 
+bool is_defined(const std::string& name) {
+  return c10::Dispatcher::singleton().findSchema({std::string(kNamespace) + "::" + name, ""}).has_value();
+}
+
 void define_ops(const Rule& rule) {
   const std::string name = rule.name;
   const auto tag = std::vector<at::Tag>{at::Tag::pt2_compliant_tag};
-  const auto define = [&](const std::string& schema) { library().def((name + schema).c_str(), tag); };
+  const auto define = [&](const std::string& schema) { torch_library().def((name + schema).c_str(), tag); };
   const std::string reads =
       "(Tensor[] params, Tensor[] grads, Tensor[] state, Tensor[] record, Tensor[] steps, Tensor[] ticks, "
       "Tensor tower, int[] rows, int learn, float horizon, float horizon_growth, float scale";
-  define("_hypergradient" + reads + ", bool norm) -> Tensor");
-  define("_norms" + reads + ") -> Tensor");
+  const std::string last = ", Tensor? grad_scale=None";
+  define("_hypergradient" + reads + ", bool norm" + last + ") -> Tensor");
+  define("_norms" + reads + last + ") -> Tensor");
   define(
       "_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state, Tensor(c!)[] record, Tensor(d!)[] steps, "
-      "Tensor(e!)[] ticks, Tensor tower, int[] rows, int learn, float horizon, float horizon_growth, float scale) -> "
-      "()");
+      "Tensor(e!)[] ticks, Tensor tower, int[] rows, int learn, float horizon, float horizon_growth, float scale" +
+      last + ") -> ()");
   define(
       "_settle_(Tensor[] params, Tensor[] grads, Tensor(a!)[] state, Tensor(b!)[] record, Tensor[] steps, "
-      "Tensor(c!)[] ticks, Tensor tower, int[] rows, int learn, float horizon, float horizon_growth, float scale) -> "
-      "()");
+      "Tensor(c!)[] ticks, Tensor tower, int[] rows, int learn, float horizon, float horizon_growth, float scale" +
+      last + ") -> ()");
   define("(Tensor[] params, Tensor[] grads, Tensor[] state, Tensor[] hyper, Tensor step, bool detach) -> Tensor[]");
   define(
       "_vjp(Tensor[] grad_params, Tensor[] grad_state, Tensor[] params, Tensor[] grads, Tensor[] state, "
-      "Tensor[] hyper, Tensor step) -> Tensor[]");
+      "Tensor[] hyper, Tensor step, int needs=-1) -> Tensor[]");
   define(
       "_backward(Tensor[] grad_params, Tensor[] params, Tensor[] grads, Tensor[] state, Tensor[] hyper, Tensor step) "
       "-> Tensor");
@@ -289,8 +319,8 @@ void define_ops(const Rule& rule) {
   using c10::DispatchKey;
 
   const auto not_differentiable = [&](const std::string& op) {
-    library().impl(op.c_str(),
-                   torch::dispatch(DispatchKey::Autograd, torch::autograd::autogradNotImplementedFallback()));
+    torch_library().impl(op.c_str(),
+                         torch::dispatch(DispatchKey::Autograd, torch::autograd::autogradNotImplementedFallback()));
   };
   const auto matrix = [](const Pass& pass, std::size_t columns) {
     return at::empty_symint({pass.tower.sym_size(0), std::int64_t(columns)}, pass.tower.options());
@@ -341,11 +371,9 @@ void define_ops(const Rule& rule) {
       check_inputs(*r, params, grads, state, hyper, step);
       std::vector<Tensor> outputs;
       for (TensorList list : {params, state})
-        for (const Tensor& t : list) outputs.push_back(t.clone());
-      if (params.empty()) return outputs;
-      const TensorList all(outputs);
-      device.update(*r, {all.slice(0, params.size()), grads, all.slice(params.size()), values_of(hyper, params[0]),
-                         values_of(step, params[0])});
+        for (const Tensor& t : list) outputs.push_back(at::empty_like(t));
+      if (!params.empty())
+        device.update(*r, {params, grads, state, values_of(hyper, params[0]), values_of(step, params[0])}, outputs);
       return outputs;
     };
   });
@@ -357,9 +385,24 @@ void define_ops(const Rule& rule) {
            for (const Tensor& t : list) outputs.push_back(at::empty_like(t));
          return outputs;
        });
-  impl(name, DispatchKey::Autograd,
-       [name](TensorList params, TensorList grads, TensorList state, TensorList hyper, const Tensor& step,
-              bool detach) { return UpdateFunction::apply(params, grads, state, hyper, step, detach, name); });
+  impl(
+      name, DispatchKey::Autograd,
+      [name](TensorList params, TensorList grads, TensorList state, TensorList hyper, const Tensor& step, bool detach) {
+        if (!detach) return UpdateFunction::apply(params, grads, state, hyper, step, detach, name, nullptr);
+        // No edge where no gradient goes: compiled autograd takes none that is undefined.
+        const auto constants = [](TensorList list) {
+          variable_list result(list.begin(), list.end());
+          for (Tensor& t : result)
+            if (t.requires_grad()) t = t.detach();
+          return result;
+        };
+        const variable_list p = constants(params), g = constants(grads), s = constants(state);
+        variable_list new_state;
+        variable_list outputs =
+            UpdateFunction::apply(TensorList(p), TensorList(g), TensorList(s), hyper, step, detach, name, &new_state);
+        outputs.insert(outputs.end(), new_state.begin(), new_state.end());
+        return outputs;
+      });
 
   impl_devices(name + "_backward", [r](const Backend& device) {
     return [r, &device](TensorList grad_params, TensorList params, TensorList grads, TensorList state, TensorList hyper,
@@ -381,10 +424,10 @@ void define_ops(const Rule& rule) {
 
   impl_devices(name + "_vjp", [r](const Backend& device) {
     return [r, &device](TensorList grad_params, TensorList grad_state, TensorList params, TensorList grads,
-                        TensorList state, TensorList hyper, const Tensor& step) {
+                        TensorList state, TensorList hyper, const Tensor& step, std::int64_t needs) {
       check_inputs(*r, params, grads, state, hyper, step);
       check_inputs(*r, params, grad_params, grad_state, hyper, step);
-      std::vector<Tensor> outputs = new_vjp(*r, params, hyper);
+      std::vector<Tensor> outputs = new_vjp(*r, params, hyper, needs);
       if (!params.empty())
         device.vjp(*r, grad_params, grad_state,
                    {params, grads, state, values_of(hyper, params[0]), values_of(step, params[0])},
@@ -393,19 +436,18 @@ void define_ops(const Rule& rule) {
     };
   });
   impl(name + "_vjp", DispatchKey::Meta,
-       [r](TensorList, TensorList, TensorList params, TensorList, TensorList, TensorList hyper, const Tensor&) {
-         return new_vjp(*r, params, hyper);
-       });
+       [r](TensorList, TensorList, TensorList params, TensorList, TensorList, TensorList hyper, const Tensor&,
+           std::int64_t needs) { return new_vjp(*r, params, hyper, needs); });
   not_differentiable(name + "_vjp");
 }
 
 void define_tower_ops() {
   using Views = std::vector<TowerView>;
   const auto define = [](const std::string& name, const std::string& sums, auto columns, auto run) {
-    library().def((name + "(Tensor(a!)[] towers, Tensor[] " + sums +
-                   ", Tensor[] plans, Tensor[] bounds, Tensor[] settings, int[] foreign=[]) -> ()")
-                      .c_str(),
-                  {at::Tag::pt2_compliant_tag});
+    torch_library().def((name + "(Tensor(a!)[] towers, Tensor[] " + sums +
+                         ", Tensor[] plans, Tensor[] bounds, Tensor[] settings, int[] foreign=[]) -> ()")
+                            .c_str(),
+                        {at::Tag::pt2_compliant_tag});
     impl_devices(name, [=](const Backend& device) {
       return [=, &device](TensorList towers, TensorList of, TensorList plans, TensorList bounds, TensorList settings,
                           at::IntArrayRef foreign) {

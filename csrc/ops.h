@@ -1,12 +1,17 @@
 // The operators of the library, in the namespace torch.ops.hyperopt_ext.
 #pragma once
 
+#include <string>
+
 #include "rule.h"
 
 namespace hyperopt_ext {
 
 // Defines the operators of a rule; ops.cpp lists them.
 void define_ops(const Rule& rule);
+
+// Whether there is an operator of this name.
+bool is_defined(const std::string& name);
 
 // Defines tower_, the operator that all rules share.
 void define_tower_ops();

@@ -23,14 +23,6 @@ ScalarType scalar_type(const at::Tensor& t) {
   }
 }
 
-std::int64_t param_bytes(ScalarType type) {
-  return type == kDouble ? 8 : type == kFloat ? 4 : 2;
-}
-
-std::int64_t arithmetic_bytes(ScalarType type) {
-  return type == kDouble ? 8 : 4;
-}
-
 void* shift(void* start, std::int64_t bytes) {
   return start == nullptr ? nullptr : static_cast<char*>(start) + bytes;
 }
@@ -67,6 +59,10 @@ void check(const Rule& rule, const Pass& pass) {
   TORCH_CHECK_VALUE(tower.dim() == 2 && tower.scalar_type() == at::kDouble && tower.is_contiguous() &&
                         tower.size(0) >= 1 && tower.size(1) >= kHeader + kValues * std::int64_t(rule.hypers.size()),
                     "tower must be a contiguous float64 tensor [rows, width] that holds rule '", rule.name, "'");
+  if (pass.grad_scale)
+    TORCH_CHECK_VALUE(pass.grad_scale->numel() == 1 && pass.grad_scale->scalar_type() == at::kFloat &&
+                          pass.grad_scale->device() == tower.device(),
+                      "grad_scale must be one float32 on the device of the tower");
   for (std::int64_t row : pass.rows)
     TORCH_CHECK_VALUE(0 <= row && row < tower.size(0), "rows names row ", row, " of a tower of ", tower.size(0));
   const auto fits = [](const char* name, std::size_t i, const at::Tensor& t, const at::Tensor& param,
@@ -168,17 +164,20 @@ Item item_for(Chunks& chunks, const Rule& rule, const Pass& pass, std::size_t i,
   if (is_traced(pass))
     for (std::size_t h = 0; h < rule.hypers.size(); ++h)
       if (pass.learn & bit(int(h))) item.slice.trace[h] = recorded();
-  item.slice.scale = pass.scale;
   return item;
 }
 
-Item item_for(Chunks& chunks, const Rule& rule, const Inputs& inputs, std::size_t i) {
+Item item_for(Chunks& chunks, const Rule& rule, const Inputs& inputs, at::TensorList outputs, std::size_t i) {
+  const std::size_t n = inputs.params.size();
   const at::Tensor& param = inputs.params[i];
   Item item = new_item(param, i);
-  item.slice.param = chunks.elements(param, param, true);
+  item.slice.last_param = chunks.elements(param, param, false);
+  item.slice.param = chunks.elements(param, outputs[i], true);
   item.slice.grad = chunks.elements(param, inputs.grads[i], false);
-  for (std::size_t k = 0; k < rule.state.size(); ++k)
-    item.slice.state[k] = chunks.elements(param, inputs.state[k * inputs.params.size() + i], true);
+  for (std::size_t k = 0; k < rule.state.size(); ++k) {
+    item.slice.grad_state[k] = chunks.elements(param, inputs.state[k * n + i], false);
+    item.slice.state[k] = chunks.elements(param, outputs[(k + 1) * n + i], true);
+  }
   return item;
 }
 
@@ -197,7 +196,8 @@ Item item_for(Chunks& chunks, const Rule& rule, at::TensorList grad_params, at::
   }
   if (!grad_inputs.empty())
     for (std::size_t k = 0; k < 2 + states; ++k)
-      item.slice.grad_input[k] = chunks.elements(param, grad_inputs[k * n + i], true);
+      if (const at::Tensor& grad = grad_inputs[k * n + i]; grad.numel() == param.numel())
+        item.slice.grad_input[k] = chunks.elements(param, grad, true);
   return item;
 }
 

@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -13,6 +14,14 @@ namespace hyperopt_ext {
 
 // The type in which parameters of a type are updated, which is that of their state.
 at::ScalarType arithmetic(at::ScalarType type);
+
+// Bytes of an element of the parameter, and of its state.
+inline std::int64_t param_bytes(ScalarType type) {
+  return type == kDouble ? 8 : type == kFloat ? 4 : 2;
+}
+inline std::int64_t arithmetic_bytes(ScalarType type) {
+  return type == kDouble ? 8 : 4;
+}
 
 // What one pass works on; every list is in the order of `params`.
 struct Pass {
@@ -30,6 +39,8 @@ struct Pass {
   double horizon;           // in steps, >= 1: max(horizon, horizon_growth * the number of the step)
   double horizon_growth;    // >= 0
   double scale;             // what gradients are multiplied by
+  // float32, one number, on the device of the tower: what they are divided by (torch.amp.GradScaler); none: 1
+  const std::optional<at::Tensor>& grad_scale;
 };
 
 // Throws a ValueError that names the argument if a list does not fit the rule. Nothing is read or written.
@@ -61,14 +72,15 @@ struct Backend {
   // date, the last update is no longer on record, and traces fade by one step. `grads` is not read.
   void (*settle)(const Rule&, const Pass&);
 
-  // One step on tensors of its own, with given values: params and state are written.
-  void (*update)(const Rule&, const Inputs&);
+  // One step with given values: the new parameters and the new state go to `outputs`, in this order.
+  void (*update)(const Rule&, const Inputs&, at::TensorList outputs);
 
   // sums, float64 [hypers] += d <grad_params, updated params> / d hyper.
   void (*backward)(const Rule&, at::TensorList grad_params, const Inputs&, const at::Tensor& sums);
 
   // The same for <grad_params, updated params> + <grad_state, updated state>, and what it is with respect to each
-  // parameter, gradient and state: grad_inputs, in this order, in the arithmetic type of the parameters.
+  // parameter, gradient and state: grad_inputs, in this order, in the arithmetic type of the parameters. Those that are
+  // empty are not wanted.
   void (*vjp)(const Rule&, at::TensorList grad_params, at::TensorList grad_state, const Inputs&,
               at::TensorList grad_inputs, const at::Tensor& sums);
 
@@ -134,12 +146,15 @@ std::int64_t row_of(const Pass& pass, std::size_t i);
 
 enum Written : bool { kReads, kWrites };
 
-// The elements of the i-th parameter of a pass; `keep` is left to the device, which knows the step.
+// The elements of the i-th parameter of a pass; `scale` and `keep` are left to the device, which knows
+// grad_scale and the step.
 Item item_for(Chunks& chunks, const Rule& rule, const Pass& pass, std::size_t i, Written written);
 
-// Those of a step in the functional form. For its derivatives, parameters and gradients are in last_param and last_grad, and
-// what comes down from above in grad and grad_state.
-Item item_for(Chunks& chunks, const Rule& rule, const Inputs& inputs, std::size_t i);
+// Those of a step in the functional form: what it writes to, and, in last_param and grad_state, what that starts from.
+Item item_for(Chunks& chunks, const Rule& rule, const Inputs& inputs, at::TensorList outputs, std::size_t i);
+
+// Those of its derivatives: parameters and gradients are in last_param and last_grad, and what comes down from above in grad
+// and grad_state.
 Item item_for(Chunks& chunks, const Rule& rule, at::TensorList grad_params, at::TensorList grad_state,
               const Inputs& inputs, at::TensorList grad_inputs, std::size_t i);
 

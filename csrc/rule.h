@@ -14,7 +14,7 @@
 // sets to specialise, smallest first (none and all come by themselves; any other set uses the smallest that holds it).
 // Which hyperparameters reach the state, and what of the last step has to be kept for the next hypergradient, is read off
 // the types (RecordOf below), so a rule declares neither. If a hyperparameter is called lr, every change is proportional to
-// it. See rules/adam.h for a complete rule.
+// it. See rules/adam.h for a complete rule; contract.h checks that nothing is missing.
 #pragma once
 
 #include <array>
@@ -113,7 +113,7 @@ struct MaskOf<std::tuple<S...>> {
 
 // A constant, for each of a list of indices.
 template <std::size_t>
-struct ConstantAt {
+struct ConstantAt {  // not an alias, whose unused parameter nvcc loses
   using type = Dual<double, 0>;
 };
 
@@ -138,7 +138,6 @@ constexpr unsigned record_of(std::index_sequence<I...>) {
       decltype(R::advance(std::declval<P>(), std::declval<E>(), std::declval<typename ConstantAt<I>::type>()...));
   constexpr std::size_t returned = std::tuple_size<State>::value;
   using Change = typename ProbeChange<R, P, std::make_index_sequence<returned>>::type;
-  static_assert(returned >= R::state.size(), "advance() must return one value for each state");
   const bool deferred = (MaskOf<State>::value & S) != 0 || returned > R::state.size();
   const bool grad = deferred || (Change::mask & kProbeGrad) != 0 || (Penalty::mask & S) != 0;
   const bool param = (Change::mask & kProbeParam) != 0;
@@ -262,6 +261,24 @@ const Rule& find_rule(const std::string& name);
 
 // The place of a rule among those that the CUDA tower is compiled with; -1: it is none of them.
 int built_in(const std::string& name);
+
+// The rules that have CUDA kernels, in any order (cuda/launch.h).
+namespace cuda {
+struct DeviceRule;
+}
+std::vector<const cuda::DeviceRule*>& device_rules();
+
+// The rules that a shared library holds, as it hands them to another one: of those compiled outside this repository, to _C.
+// Each library has rules() and device_rules() of its own, so that none needs a symbol of another (library.h).
+struct Library {
+  const char* headers;     // first, whatever else changes: a digest of the headers that it was compiled with
+  std::size_t rule_bytes;  // sizeof(Rule)
+  const Rule* const* rules;
+  std::size_t count;
+  const cuda::DeviceRule* const* device_rules;
+  std::size_t device_count;
+};
+const Library& library();
 
 }  // namespace hyperopt_ext
 

@@ -7,11 +7,6 @@
 
 namespace hyperopt_ext {
 
-std::vector<const Rule*>& rules() {
-  static std::vector<const Rule*> all;
-  return all;
-}
-
 const Rule& find_rule(const std::string& name) {
   for (const Rule* rule : rules())
     if (name == rule->name) return *rule;
@@ -70,7 +65,7 @@ std::int64_t tower_width(const std::int64_t* plan, int levels) {
 
 void tower_reset(double* row, const std::int64_t* plan, int levels, const double* values, const double* state) {
   std::fill(row, row + tower_width(plan, levels), 0.0);
-  row[kOk] = 1.0;
+  row[kOk] = row[kSchedule] = row[kScheduled] = 1.0;
   for (int k = 0; k < levels; ++k, plan += kPlanColumns) {
     const LevelRow r(row + plan[kStart], int(plan[kHypers]), int(plan[kStates]), int(plan[kMoved]));
     for (int i = 0; i < r.hypers; ++i, ++values) {
@@ -82,7 +77,7 @@ void tower_reset(double* row, const std::int64_t* plan, int levels, const double
   }
 }
 
-#ifndef HX_WITH_CUDA
+#if !defined(HX_WITH_CUDA) && !defined(HX_EMULATE_CUDA)
 int built_in(const std::string&) {
   return 0;
 }

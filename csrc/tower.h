@@ -17,7 +17,8 @@ namespace hyperopt_ext {
 //             held      steps in which the parameters moved, but not the levels above, because a hypergradient was not
 //                       finite
 //             moving    0 if the levels above level 0 do not move in this step
-//             (free)
+//             schedule  what the lr of level 0 is multiplied by in the coming update; written from outside
+//             scheduled what it was multiplied by in the last one
 //   level k   used      [hypers]             the values of the most recent update
 //             previous  [hypers]             those of the update before it
 //             live      [hypers]             what the user sees and may write to
@@ -29,7 +30,7 @@ namespace hyperopt_ext {
 //
 // with level 0, which moves the parameters, first (n = 0).
 constexpr int kHeader = 8;
-enum Header : int { kTicks, kMoves, kOk, kSkipped, kHeld, kMoving };
+enum Header : int { kTicks, kMoves, kOk, kSkipped, kHeld, kMoving, kSchedule, kScheduled };
 constexpr int kValues = 6;  // numbers of a level for each of its hyperparameters
 
 struct LevelRow {

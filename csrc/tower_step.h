@@ -172,8 +172,8 @@ HX_FN void move(const Call& call, const Level& level, const Level& above, double
   }
 }
 
-// Makes the live value that of the next update, the `t`-th.
-HX_FN void use(const Level& level, int i, double t) {
+// Makes the live value that of the next update, the `t`-th, with `schedule` times the lr.
+HX_FN void use(const Level& level, int i, double t, double schedule) {
   const LevelRow& r = level.row;
   r.previous[i] = r.used[i];
   r.used[i] = r.live[i];
@@ -182,6 +182,7 @@ HX_FN void use(const Level& level, int i, double t) {
     const double part = learned_part(level, t);
     r.used[i] = part * r.live[i] + (1.0 - part) * level.settings[kLimit];
   }
+  if (level.is_lr(i)) r.used[i] *= schedule;
 }
 
 // What is known of the derivative of the loss with respect to one hyperparameter: <G, z>, |z|^2 and |G|^2, where G is the
@@ -259,9 +260,11 @@ HX_FN void differentiate(const Team& team, const TowerView& tower, const Scratch
           const Products p =
               summed ? Products{shared[0], shared[1], shared[2]} : products_of(tower, scratch, k, i, row);
           double slope = slope_at(level.space(i), level.row.x[i], level.row.seen[i]);
-          if (level.is_lr(i)) slope *= learned_part(level, tower.header(row)[k == 0 ? kTicks : kMoves]);
+          const double* const head = tower.header(row);
+          const double schedule = k == 0 && level.is_lr(i) ? head[kScheduled] : 1.0;
+          if (level.is_lr(i)) slope *= learned_part(level, head[k == 0 ? kTicks : kMoves]) * schedule;
           const double g = slope * p.gz;
-          const double cosine = p.gz == 0.0 ? 0.0 : p.gz / (std::sqrt(p.zz) * std::sqrt(p.gg));
+          const double cosine = p.gz == 0.0 || schedule == 0.0 ? 0.0 : p.gz / (std::sqrt(p.zz) * std::sqrt(p.gg));
           const double a = level.settings[kNormalize] != 0.0 ? cosine : g;
           const std::int64_t at = row * scratch.learned + level.plan[kGradient] + position(learn, i);
           scratch.exact[at] = g;
@@ -347,7 +350,9 @@ HX_FN void move_level(const Team& team, const Call& call, const TowerView& tower
           fade(above, step, position(level.learn, first), position(level.learn, last));
       }
       if (updates)
-        for (int i = first; i < last; ++i) use(level, i, head[k == 0 ? kTicks : kMoves]);
+        for (int i = first; i < last; ++i)
+          use(level, i, head[k == 0 ? kTicks : kMoves], k == 0 ? head[kSchedule] : 1.0);
+      if (updates && k == 0 && first == 0) tower.header(row)[kScheduled] = head[kSchedule];
     });
   });
 }
@@ -374,9 +379,10 @@ HX_FN void cap(const TowerView& tower, std::int64_t row) {
   if (!(update > most)) return;
   r.used[lr] *= most / update;
   r.bounded[lr] += 1.0;
-  if (!level.learns(lr) || r.live[lr] <= r.used[lr]) return;
-  r.live[lr] = r.seen[lr] = r.used[lr];
-  r.x[lr] = coordinate_of(level.space(lr), r.used[lr]);
+  const double allowed = r.used[lr] / tower.header(row)[kScheduled];
+  if (!level.learns(lr) || r.live[lr] <= allowed) return;
+  r.live[lr] = r.seen[lr] = allowed;
+  r.x[lr] = coordinate_of(level.space(lr), allowed);
 }
 
 }  // namespace tower

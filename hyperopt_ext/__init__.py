@@ -6,11 +6,13 @@ opt = hx.HyperOptimizer(model.parameters(), hx.Adam(lr=1e-3) / hx.SGD(lr=1e-5))
 
 import torch  # the extension module needs its libraries
 
-from hyperopt_ext import compat, functional
+from hyperopt_ext import compat, extension, functional
 from hyperopt_ext.levels import SGD, AdaBelief, Adadelta, Adagrad, Adam, AdamW, AMSGrad, Lion, NAdam, RMSprop
 from hyperopt_ext.optimizer import HyperOptimizer
 from hyperopt_ext.presets import adam_hd, auto, sgd_hd, sgdn_hd
+from hyperopt_ext.recorder import Recorder, summary
 from hyperopt_ext.stack import Level, Stack
+from hyperopt_ext.wrap import Wrap
 
 del torch
 
@@ -27,11 +29,15 @@ __all__ = [
     "Lion",
     "NAdam",
     "RMSprop",
+    "Recorder",
     "Stack",
+    "Wrap",
     "adam_hd",
     "auto",
     "compat",
+    "extension",
     "functional",
     "sgd_hd",
     "sgdn_hd",
+    "summary",
 ]

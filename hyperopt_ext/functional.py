@@ -5,29 +5,35 @@ iteration leaves the hypergradient in ``hyper["lr"].grad``. Its detach points ar
 state count as constants, one step back and no further. :class:`hyperopt_ext.HyperOptimizer` computes the same numbers
 without a graph.
 
-There is one function for each class of levels, by its name in lower case: ``adam``, ``sgd``, ``rmsprop``, ...
+There is one function for each class of levels, by its name in lower case: ``adam``, ``sgd``, ``rmsprop``, ...; ``of``
+makes that of a class of your own.
 
     >>> w, lr = torch.ones(3), torch.tensor(0.1, requires_grad=True)
     >>> [w1], _ = hx.functional.sgd([w], [w], None, {"lr": lr}, torch.tensor(1))
     >>> (w1**2).sum().backward()
     >>> lr.grad
     tensor(-5.4000)
+
+:func:`tower` is the whole method, made of these: parameters and state in, parameters and state out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from hyperopt_ext import levels
-from hyperopt_ext.stack import RULES, Level
+from hyperopt_ext.stack import RULES, Level, Stack
 
 State = dict[str, list[Tensor]]
+Params = TypeVar("Params", bound=Sequence[Tensor] | Mapping[str, Tensor])
 
 
-_DOC = """One step of {name}, as :class:`hyperopt_ext.{name}` makes it.
+_DOC = """One step of {name}, as :class:`{name}` makes it.
 
 Args:
     params: n dense tensors, fp32, fp64, fp16 or bf16.
@@ -51,7 +57,8 @@ Raises:
 """
 
 
-def _step_of(spec: type[Level]) -> Callable[..., tuple[list[Tensor], State]]:
+def of(spec: type[Level]) -> Callable[..., tuple[list[Tensor], State]]:
+    """The function of a class of levels, as of a rule from outside: ``hx.functional.of(hx.Adam)`` is ``adam``."""
     known, function = spec.structural(), spec.__name__.lower()
 
     def update(
@@ -76,7 +83,7 @@ def _step_of(spec: type[Level]) -> Callable[..., tuple[list[Tensor], State]]:
     return update
 
 
-_METHODS = {spec.__name__.lower(): _step_of(spec) for spec in levels.methods()}
+_METHODS = {spec.__name__.lower(): of(spec) for spec in levels.methods()}
 globals().update(_METHODS)
 
 
@@ -122,3 +129,238 @@ def _update(
 def _zeros(p: Tensor) -> Tensor:
     dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
     return torch.zeros_like(p, dtype=dtype, requires_grad=False)
+
+
+# Of each coordinate (hx.Level, `space`), h = T(x) and its inverse, which is finite at the ends of the range, too.
+_COORDINATES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "linear": (lambda x: x, lambda h: h),
+    "log": (torch.exp, lambda h: h.log().clamp_min(-700.0)),
+    "square": (torch.square, torch.sqrt),
+    "softplus": (softplus, lambda h: h + (-torch.expm1(-h)).log().clamp_min(-700.0)),
+    "tanh": (lambda x: (x.tanh() + 1) / 2, lambda h: (2 * h - 1).atanh().clamp(-20.0, 20.0)),
+}
+_COORDINATES["multiplicative"] = _COORDINATES["log"]
+
+
+class TowerState(NamedTuple):
+    """What a tower of :func:`tower` carries from one step to the next: tensors, none of them differentiable.
+
+    A pytree, so that ``torch.compile``, ``torch.utils._pytree`` and the like take it as it is.
+    """
+
+    step: Tensor  #: steps made, int64, no dimension
+    #: for each level, by name, the coordinate of every hyperparameter that is learned, and the value of every other
+    #: one: float64, no dimension
+    coordinates: list[dict[str, Tensor]]
+    states: list[State]  #: for each level, its rule's state for all that it moves
+    #: for each level, what its last update read: the values that it moved, their gradients, and its state before
+    last: list[tuple[list[Tensor], list[Tensor], State]]
+
+
+class _TowerLevel(NamedTuple):
+    """A level as a function of its coordinates. Names and numbers only, so that a graph holds it as a constant."""
+
+    rule: str
+    learned: tuple[str, ...]
+    spaces: tuple[str, ...]  # of `learned`
+    moved_spaces: tuple[str, ...]  # of what the level moves; of parameters: none
+
+    def values(self, coordinates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The hyperparameters h = T(x)."""
+        spaces = dict(zip(self.learned, self.spaces, strict=True))
+        return {name: _COORDINATES[spaces[name]][0](x) if name in spaces else x for name, x in coordinates.items()}
+
+    def update(
+        self,
+        coordinates: Mapping[str, Tensor],
+        moved: list[Tensor],
+        grads: list[Tensor],
+        state: State,
+        step: Tensor,
+    ) -> tuple[list[Tensor], State]:
+        """The new values of what the level moves, which autograd knows as a function of ``coordinates``."""
+        new, state = _update(self.rule, moved, grads, state, self.values(coordinates), step, True)
+        if "multiplicative" in self.moved_spaces:  # a move by d multiplies h = exp x by 1 + d
+            each = zip(moved, new, self.moved_spaces, strict=True)
+            new = [x + torch.log1p(y - x) if space == "multiplicative" else y for x, y, space in each]
+        return new, state
+
+
+# torch.compile takes a call of this as it is, and differentiates while it lowers the graph.
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _hypergradients(
+    level: _TowerLevel,
+    coordinates: dict[str, Tensor],
+    last: tuple[list[Tensor], list[Tensor], State],
+    upstream: list[Tensor],
+    steps: Tensor,
+) -> list[Tensor]:
+    """d <upstream, last update of the level> / d x of each learned hyperparameter; 0 before the first update."""
+    if not upstream:  # of a level that moves nothing
+        return [torch.zeros_like(coordinates[name]) for name in level.learned]
+    with torch.enable_grad():
+        x = {name: coordinates[name].detach().requires_grad_() for name in level.learned}
+        updated, _ = level.update({**coordinates, **x}, *last, steps.clamp_min(1))
+        found = torch.autograd.grad(updated, list(x.values()), upstream) if x else []
+    return [torch.where(steps > 0, g, 0.0) for g in found]
+
+
+class Tower:
+    """What :func:`tower` returns: the levels of a stack, as functions from state to state."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self._levels: list[_TowerLevel] = []
+        self._limits: list[dict[str, tuple[float, float]]] = []
+        moved_spaces: tuple[str, ...] = ()
+        for k, level in enumerate(stack):
+            learned = level.learn_names if k + 1 < len(stack) else ()
+            space_of = dict(zip(level.values(), level.coordinates(), strict=True))
+            spaces = tuple(space_of[name] for name in learned)
+            self._levels.append(_TowerLevel(level.rule, learned, spaces, moved_spaces))
+            self._limits.append(dict(zip(level.values(), level.limits(), strict=True)))
+            moved_spaces = spaces
+
+    def init(self, params: Params) -> tuple[Params, TowerState]:
+        """Copies of the parameters, a list or a dict as of ``named_parameters()``, and the state to start from."""
+        values = [p.detach().clone() for p in _values("params", params)]
+        device = values[0].device if values else None
+        coordinates: list[dict[str, Tensor]] = []
+        for level, spec in zip(self._levels, self.stack, strict=True):
+            h = {name: torch.tensor(float(h), dtype=torch.float64, device=device) for name, h in spec.values().items()}
+            for name, space in zip(level.learned, level.spaces, strict=True):
+                h[name] = _COORDINATES[space][1](h[name])
+            coordinates.append(h)
+        moved = [values, *self._learned(coordinates)]
+
+        def start() -> list[State]:
+            return [
+                {name: [torch.full_like(_zeros(t), number) for t in tensors] for name, number in level.start().items()}
+                for level, tensors in zip(self.stack, moved, strict=True)
+            ]
+
+        # Nothing has happened, and what did is of the shapes that it will have: a graph of a step need not change.
+        last = [
+            ([t.clone() for t in tensors], [torch.zeros_like(t) for t in tensors], state)
+            for tensors, state in zip(moved, start(), strict=True)
+        ]
+        return _like(params, values), TowerState(torch.tensor(0, device=device), coordinates, start(), last)
+
+    def step(self, params: Params, grads: Params, state: TowerState) -> tuple[Params, TowerState]:
+        """One step of every level.
+
+        Args:
+            params: the parameters, a list, or a dict as ``torch.func.functional_call`` takes it.
+            grads: dL/dw at ``params``, in the same form.
+            state: what the step before returned, or :meth:`init`.
+
+        Returns:
+            The new parameters, in the form of ``params``, and the new state. None of it requires a gradient. Nothing is
+            written to; ``params`` and ``grads`` become part of the state as they are, so do not write to them either.
+
+        Raises:
+            TypeError: ``params`` or ``grads`` hold something that is not a tensor, or ``state`` is none of a tower.
+            ValueError: lists that do not match, or a state of another stack.
+            RuntimeError: under ``torch.export``.
+        """
+        if torch.compiler.is_exporting():
+            raise RuntimeError("torch.export does not know autograd.grad; export a step of hx.functional.<rule>")
+        if not isinstance(state, TowerState):
+            raise TypeError("state must be the TowerState that init() or the last step() returned")
+        if len(state.coordinates) != len(self._levels):
+            raise ValueError(f"state is of {len(state.coordinates)} levels, but {self.stack} has {len(self._levels)}")
+        if isinstance(params, Mapping) and (not isinstance(grads, Mapping) or list(grads) != list(params)):
+            raise ValueError("grads must be a dict with the keys of params")
+        values, gradients = _values("params", params), [[g.detach() for g in _values("grads", grads)]]
+        shapes = [p.shape for p in values]
+        for argument, tensors in [("grads", gradients[0]), ("state", state.last[0][0])]:
+            if [t.shape for t in tensors] != shapes:
+                raise ValueError(f"{argument} must be of the shapes of params")
+        # Bottom-up, the gradients of the loss with respect to what each level moves.
+        for level, x, inputs in zip(self._levels[:-1], state.coordinates, state.last, strict=False):
+            gradients.append(_hypergradients(level, x, inputs, gradients[-1], state.step))
+
+        # Top-down, the updates: each level has just been moved by the one above.
+        moved = [[p.detach() for p in values], *self._learned(state.coordinates)]
+        last = list(zip(moved, gradients, state.states, strict=True))
+        coordinates, states, steps = list(state.coordinates), list(state.states), state.step + 1
+        with torch.no_grad():
+            for k in reversed(range(len(self._levels))):
+                new, states[k] = self._levels[k].update(coordinates[k], *last[k], steps)
+                if k > 0:
+                    coordinates[k - 1] = self._at(k - 1, coordinates[k - 1], new)
+        return _like(params, new), TowerState(steps, coordinates, states, last)
+
+    def hyperparameters(self, state: TowerState) -> list[dict[str, Tensor]]:
+        """The current values, one dict a level, level 0 first: float64 tensors of no dimension."""
+        return [level.values(x) for level, x in zip(self._levels, state.coordinates, strict=True)]
+
+    def _learned(self, coordinates: list[dict[str, Tensor]]) -> list[list[Tensor]]:
+        """What the levels above the lowest move: the learned coordinates of the level below each."""
+        return [
+            [x[name] for name in level.learned] for level, x in zip(self._levels[:-1], coordinates[:-1], strict=True)
+        ]
+
+    def _at(self, k: int, coordinates: dict[str, Tensor], new: list[Tensor]) -> dict[str, Tensor]:
+        """The coordinates of level k with new ones of what it learns, projected to the bounds."""
+        level, result = self._levels[k], dict(coordinates)
+        for name, space, x in zip(level.learned, level.spaces, new, strict=True):
+            to_h, to_x = _COORDINATES[space]
+            value = to_h(x)
+            within = value.clamp(*self._limits[k][name])
+            result[name] = torch.where(within == value, x, to_x(within))
+        return result
+
+
+def tower(stack: Level | Stack) -> Tower:
+    """The levels of a stack as pure functions: the method of Chandra et al. (NeurIPS 2022), in code that states it.
+
+    With the parameters w, a loss L, and for each level k = 0, ..., H a rule R_k, coordinates x_k of its learned
+    hyperparameters h_k = T_k(x_k), and a state s_k, one step is::
+
+        G_0     = dL/dw
+        G_{k+1} = d <G_k, R_k(last inputs; T_k(x_k))> / d x_k          k = 0, ..., H - 1
+        x_{k-1}, s_k <- R_k(x_{k-1}, G_k, s_k; T_k(x_k))               k = H, ..., 1
+        w, s_0       <- R_0(w, G_0, s_0; T_0(x_0))
+
+    The hypergradients go bottom-up, and each is autograd's, through the last update of its level as
+    ``hyperopt_ext.functional`` makes it: what that update read is held constant (the paper's detach points), and before
+    the first one the hypergradient is 0. The updates go top-down, each with values that were just updated, and project
+    to the bounds. :class:`hyperopt_ext.HyperOptimizer` computes the same numbers, faster.
+
+        >>> tower = hx.functional.tower(hx.Adam(lr=1e-3) / hx.SGD(lr=1e-5))
+        >>> params, state = tower.init(dict(model.named_parameters()))
+        >>> def loss_of(params, x, y):
+        ...     return F.mse_loss(torch.func.functional_call(model, params, x), y)
+        >>> def train(params, state, x, y):  # a pure function; torch.compile(train, fullgraph=True) takes it
+        ...     return tower.step(params, torch.func.grad(loss_of)(params, x, y), state)
+
+    Args:
+        stack: a level or a stack. ``learn``, ``space``, ``bounds`` and ``initial_state`` count as in the optimizer, and
+            a number that is not finite goes where it will.
+
+    Returns:
+        A :class:`Tower`: ``init(params)``, ``step(params, grads, state)`` and ``hyperparameters(state)``.
+
+    Raises:
+        TypeError: ``stack`` is not one.
+        ValueError: a level has a safeguard (``horizon``, ``trust``, ...), which the paper's form does not know.
+    """
+    stack = Stack.coerce(stack)
+    for level in stack:
+        for name in ("horizon", "granularity", "normalize", "clip", "growth", "trust", "burn_in", "converge"):
+            if getattr(level, name) != getattr(Level, name):
+                raise ValueError(f"functional.tower has no {name}, which {level!r} asks for; use hx.HyperOptimizer")
+    return Tower(stack)
+
+
+def _values(argument: str, tensors: Sequence[Tensor] | Mapping[str, Tensor]) -> list[Tensor]:
+    values = list(tensors.values() if isinstance(tensors, Mapping) else tensors)
+    if isinstance(tensors, Tensor) or not all(isinstance(t, Tensor) for t in values):
+        raise TypeError(f"{argument} must be a list of tensors, or a dict of them")
+    return values
+
+
+def _like(params: Params, values: list[Tensor]) -> Params:
+    """The values in the form of ``params``."""
+    return dict(zip(params, values, strict=True)) if isinstance(params, Mapping) else values  # type: ignore[return-value]

@@ -147,8 +147,8 @@ class RMSprop(Level):
         return "rmsprop" + "_centered" * centered + "_momentum" * ("momentum" in names)
 
 
-class _Betas(Level):
-    """A level whose argument ``betas`` holds two hyperparameters."""
+class Betas(Level):
+    """The base of levels whose argument ``betas`` holds two hyperparameters, ``beta1`` and ``beta2``."""
 
     betas: tuple[float, float]
 
@@ -170,7 +170,7 @@ class _Betas(Level):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Adam(_Betas):
+class Adam(Betas):
     """Adam (Kingma & Ba, ICLR 2015, Algorithm 1), as in ``torch.optim.Adam``.
 
     Args:
@@ -196,7 +196,7 @@ class Adam(_Betas):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AdamW(_Betas):
+class AdamW(Betas):
     """AdamW (Loshchilov & Hutter, ICLR 2019, Algorithm 2), as in ``torch.optim.AdamW``.
 
     Adam whose weight decay does not pass through the moments: w shrinks by the factor 1 - lr * weight_decay. So the
@@ -224,7 +224,7 @@ class AdamW(_Betas):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AMSGrad(_Betas):
+class AMSGrad(Betas):
     """AMSGrad (Reddi, Kale & Kumar, ICLR 2018, Algorithm 2), as ``torch.optim.Adam(amsgrad=True)``.
 
     Adam that divides by the largest second moment so far, so that the step of an element never grows again. Where the
@@ -252,7 +252,7 @@ class AMSGrad(_Betas):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AdaBelief(_Betas):
+class AdaBelief(Betas):
     """AdaBelief (Zhuang et al., NeurIPS 2020, Algorithm 2), as in the authors' package ``adabelief-pytorch`` 0.2.
 
     Adam that divides by the running average of the squared distance between the gradient and its average. The defaults
@@ -291,7 +291,7 @@ class AdaBelief(_Betas):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class NAdam(_Betas):
+class NAdam(Betas):
     """NAdam (Dozat, ICLR 2016 workshop), as in ``torch.optim.NAdam``: Adam with Nesterov's momentum.
 
     The update is made of the gradient and of its running average, weighted by a momentum coefficient that grows from
@@ -326,7 +326,7 @@ class NAdam(_Betas):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Lion(_Betas):
+class Lion(Betas):
     """Lion (Chen et al., NeurIPS 2023, Algorithm 2), as in the package ``lion-pytorch``.
 
     The update is lr times a sign, whose slope is 0 wherever it has one and, by definition here, at 0, too. So lr and
@@ -355,5 +355,6 @@ class Lion(_Betas):
 
 
 def methods() -> list[type[Level]]:
-    """The classes of this module."""
-    return [c for name, c in globals().items() if isinstance(c, type) and c.__module__ == __name__ and name[0] != "_"]
+    """The methods of this module."""
+    classes = [c for c in globals().values() if isinstance(c, type) and c.__module__ == __name__]
+    return [c for c in classes if c is not Betas]

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import fields
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import Optimizer
 
-from hyperopt_ext import _C
+from hyperopt_ext import _C, distributed
+from hyperopt_ext.export import export
 from hyperopt_ext.stack import RULES, Level, Stack
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from hyperopt_ext.recorder import Recorder
+
 _POLICIES = ("hold", "skip", "raise")
+_UNPRINTED = ("params", "tower", "betas", "optimizer")
+# What a param group holds that load_state_dict() copies into and does not replace.
+_OWN = ("stack", "tower", "optimizer")
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -46,12 +56,14 @@ class _Group:
     def __init__(self, group: dict[str, Any]) -> None:
         stack: Stack = group["stack"]
         base, plan = stack[0], stack.plan()
-        self.group = group
+        self.group, self.stack = group, stack
+        self.params: list[Tensor] = group["params"]
         self.tower: Tensor = group["tower"]
         self.learn = base.learn_mask() if len(stack) > 1 else 0
         self.horizon = base.horizons()
         self.nonfinite: str | None = group["nonfinite"]
         self.capped = base.trust is not None
+        self.sums = self.learn != 0 or self.nonfinite is not None  # else pass A has nothing to say
         # The row of each parameter, if they have rows of their own.
         self.row_of = {p: i for i, p in enumerate(group["params"])} if base.granularity == "tensor" else None
         device = self.tower.device
@@ -65,14 +77,23 @@ class _Group:
             [[values[name] for name in _C.SETTINGS] for values in settings], dtype=torch.float64, device=device
         )
         offsets = _C.tower_offsets(plan)
-        self.hyperparameters = [self._views(level, live) for level, (live, _) in zip(stack, offsets, strict=True)]
-        self.bounded = [self._views(level, bounded) for level, (_, bounded) in zip(stack, offsets, strict=True)]
+        self.hyperparameters, self.bounded, self.used = (
+            [self._views(level, starts[i]) for level, starts in zip(stack, offsets, strict=True)] for i in range(3)
+        )
+        self.schedule = self.tower[:, _C.SCHEDULE]
+        self.initial: Tensor | None = None
+        if self.learns_lr() and "lr" in group and "initial_lr" in group:
+            for name in ("lr", "initial_lr"):
+                group[name] = torch.as_tensor(group[name], dtype=torch.float64, device=device)
+            self.initial = group["initial_lr"]
+        live = self.hyperparameters[0]
+        self.betas = (live["beta1"], live["beta2"]) if "beta1" in live else None
         self.states = base.start()
         self.records = _C.record(base.rule, self.learn, base.is_traced())
         ops = torch.ops.hyperopt_ext
         self.hypergradient = getattr(ops, f"{base.rule}_hypergradient").default
         self.norms = getattr(ops, f"{base.rule}_norms").default
-        self.step = getattr(ops, f"{base.rule}_step_").default
+        self.step = base.step_of(group)
         self.settle = getattr(ops, f"{base.rule}_settle_").default
 
     def _views(self, level: Level, start: int) -> dict[str, Tensor]:
@@ -83,9 +104,49 @@ class _Group:
     def count(self, column: int) -> Tensor:
         return self.tower[0, column] if self.row_of is None else self.tower[:, column]
 
+    def learns_lr(self) -> bool:
+        return self.learn != 0 and "lr" in self.stack[0].learn_names
+
+    def link(self) -> None:
+        """Puts the live values into the param group, but for an lr that is a scheduler's."""
+        self.entries = dict(self.hyperparameters[0])
+        if self.initial is not None:
+            self.entries["lr"] = self.group["lr"]
+        self.group.update(self.entries)
+        if self.betas is not None:
+            self.group["betas"] = self.betas
+
+    def meet_scheduler(self) -> None:
+        """An lr_scheduler writes ``initial_lr``. If lr is learned, it gets an entry ``lr`` of its own to write to."""
+        initial = self.group.get("initial_lr")
+        if initial is self.initial or not self.learns_lr():
+            return
+        live = self.hyperparameters[0]["lr"]
+        value = torch.as_tensor(initial, dtype=live.dtype, device=live.device)
+        own = value.numel() > 1  # a copy of the lrs of all tensors
+        value = value.new_tensor(self.stack[0].values()["lr"]) if own else value.reshape(())
+        if not bool(value > 0):
+            del self.group["initial_lr"]
+            raise ValueError(
+                "param group: a scheduler multiplies a learned lr by its value over initial_lr, so initial_lr must be "
+                f"greater than 0, not {value.item():g}"
+            )
+        if not own:
+            live.copy_(value)
+        self.initial = value.clone()
+        self.group.update(initial_lr=self.initial, lr=self.initial.clone())
+        self.link()
+
     def adopt_assignments(self) -> None:
         """``group["lr"] = 0.1`` is ``group["lr"].fill_(0.1)``: the entry is a view of the tower again."""
-        for name, live in self.hyperparameters[0].items():
+        if self.betas is not None:
+            betas = self.group["betas"]
+            if not isinstance(betas, tuple | list) or len(betas) != 2:
+                raise TypeError(f"param group: betas must be two numbers, not {betas!r}")
+            beta1, beta2 = betas
+            if beta1 is not self.betas[0] or beta2 is not self.betas[1]:
+                self.group.update(beta1=beta1, beta2=beta2, betas=self.betas)
+        for name, live in self.entries.items():
             value = self.group.get(name)
             if value is live:
                 continue
@@ -95,6 +156,8 @@ class _Group:
             value = value if isinstance(value, Tensor) else torch.tensor(value, dtype=live.dtype)
             live.copy_(value.reshape(()) if value.numel() == 1 else value)
             self.group[name] = live
+        if self.initial is not None:
+            self.schedule.copy_(self.entries["lr"] / self.initial)
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
         start = {"step": 0, "tick": -1, **self.states, **dict.fromkeys(self.records, 0)}
@@ -106,13 +169,36 @@ class _Group:
 
 
 class _Update:
-    """One step of one group: its parameters that have a gradient, and the idle ones that moved before."""
+    """One step of one group: its parameters that have a gradient, and the idle ones that moved before.
 
-    def __init__(self, group: _Group, params: list[Tensor], state: dict[Tensor, dict[str, Tensor]]) -> None:
+    If processes share the parameters out, ``reduction`` says which of them count on this one.
+    """
+
+    def __init__(
+        self,
+        group: _Group,
+        params: list[Tensor],
+        state: dict[Tensor, dict[str, Tensor]],
+        reduction: distributed.Reduction | None = None,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        device = group.tower.device
         self.group = group
+        self.reduction = reduction
+        self.grad_scale = None if grad_scale is None else grad_scale.to(device, torch.float32, non_blocking=True)
+        self.found_inf = None if found_inf is None else found_inf.to(device, non_blocking=True)
         self.new = {p: group.new_state(p) for p in params if p not in state}
         states = [state[p] if p in state else self.new[p] for p in params]
-        self.active = self._arguments(params, [p.grad for p in params], states)
+        if reduction is None:
+            grads = [p.grad for p in params]
+        else:
+            grads = [distributed.local_grad(p, f"params[{i}]") for i, p in enumerate(params)]
+        self.active = self.counted = self._arguments(params, grads, states)
+        if reduction is not None and len(counted := reduction.counted(params)) < len(params):
+            self.counted = self._arguments(
+                [params[i] for i in counted], [grads[i] for i in counted], [states[i] for i in counted]
+            )
         self.idle = None
         if group.row_of is None and len(params) != len(group.group["params"]):
             moving = set(params)
@@ -120,8 +206,12 @@ class _Update:
             self.idle = self._arguments(idle, idle, [state[p] for p in idle])
 
     def _arguments(self, params: list[Tensor], grads: list[Any], states: list[dict[str, Tensor]]) -> tuple[Any, ...]:
-        """What the operators of a pass take (csrc/cpu/passes.h)."""
+        """What the operators of a pass take (csrc/pass.h)."""
         g = self.group
+        rows = [] if g.row_of is None else [g.row_of[p] for p in params]
+        if self.reduction is not None:
+            params, grads = ([distributed.local(t) for t in tensors] for tensors in (params, grads))
+            states = [{name: distributed.local(t) for name, t in state.items()} for state in states]
         return (
             params,
             grads,
@@ -130,7 +220,7 @@ class _Update:
             [state["step"] for state in states],
             [state["tick"] for state in states],
             g.tower,
-            [] if g.row_of is None else [g.row_of[p] for p in params],
+            rows,
             g.learn,
             *g.horizon,
             -1.0 if g.group["maximize"] else 1.0,
@@ -138,19 +228,24 @@ class _Update:
 
     def hypergradient(self) -> Tensor:
         """Pass A. Checks all lists before anything is changed."""
-        sums: Tensor = self.group.hypergradient(*self.active, self.group.nonfinite is not None)
-        if self.group.nonfinite == "raise" and not bool(sums.isfinite().all()):
-            raise FloatingPointError("a gradient, or a hypergradient, is not finite; nothing was changed in this step")
+        sums: Tensor = self.group.hypergradient(*self.counted, self.group.nonfinite is not None, self.grad_scale)
+        if self.found_inf is not None:  # in any group: all of them sit the step out
+            norm = sums[:, -1]
+            norm.masked_fill_((self.found_inf != 0) & (norm >= 0), math.inf)
+        return sums
+
+    def norms(self) -> Tensor:
+        sums: Tensor = self.group.norms(*self.counted, self.grad_scale)
         return sums
 
     def step(self) -> None:
         """Pass B."""
         if self.idle is not None:
             self.group.settle(*self.idle)
-        self.group.step(*self.active)
+        self.group.step(*self.active, self.grad_scale)
 
 
-def _move_towers(updates: list[_Update]) -> None:
+def _move_towers(updates: list[_Update], reduction: distributed.Reduction | None) -> None:
     """All towers in one call, and, where ``trust`` asks for it, the largest lr that the coming update allows."""
 
     def apply(op: Any, some: list[_Update], sums: list[Tensor]) -> None:
@@ -165,10 +260,23 @@ def _move_towers(updates: list[_Update]) -> None:
                 [number for i, g in enumerate(groups) for level in g.foreign for number in (i, *level)],
             )
 
+    def added_up(sums: list[Tensor]) -> list[Tensor]:
+        """Only of the groups that learn something, or look for numbers that are not finite."""
+        if reduction is None:
+            return sums
+        totals = iter(reduction.hypergradients([s for u, s in zip(updates, sums, strict=True) if u.group.sums]))
+        return [next(totals) if u.group.sums else s for u, s in zip(updates, sums, strict=True)]
+
     ops = torch.ops.hyperopt_ext
-    apply(ops.tower_.default, updates, [update.hypergradient() for update in updates])
+    sums = added_up([update.hypergradient() for update in updates])
+    for update, own in zip(updates, sums, strict=True):
+        raises = update.group.nonfinite == "raise" and update.found_inf is None
+        if raises and not bool(own.isfinite().all()):
+            raise FloatingPointError("a gradient, or a hypergradient, is not finite; nothing was changed in this step")
+    apply(ops.tower_.default, updates, sums)
     capped = [update for update in updates if update.group.capped]
-    apply(ops.cap_.default, capped, [update.group.norms(*update.active) for update in capped])
+    norms = [update.norms() for update in capped]
+    apply(ops.cap_.default, capped, norms if reduction is None else reduction.add_up(norms))
 
 
 _alive: WeakValueDictionary[str, HyperOptimizer] = WeakValueDictionary()
@@ -205,6 +313,10 @@ class HyperOptimizer(Optimizer):
             out. ``"raise"``: before anything is changed, a ``FloatingPointError`` (which makes the host wait for the
             device at every step). Default: ``None``, as ``"hold"`` if something is learned; a stack of one level does
             what ``torch.optim`` does.
+        shard_group: the processes that share the parameters out, if the parameters do not show it: each was given other
+            ones (ZeRO, stages of a pipeline), or parts of them as plain tensors (FSDP1). Their sums are added up, so
+            that all have the same towers; each must have the same param groups, though perhaps with no parameters.
+            DTensors (FSDP2, HSDP, tensor parallelism) know their mesh and replicas (DDP) need nothing. Default: None.
 
     State, in ``opt.state[p]``: ``step`` (updates made) and ``tick`` (the step of the tower that the last one belongs
     to), both int64 of no dimension; the rule's state, and, where the next hypergradient needs it, ``last_grad``, each
@@ -220,6 +332,17 @@ class HyperOptimizer(Optimizer):
     bounds. Of a level with ``granularity="tensor"`` they have one number for each parameter of the group, in its
     order.
 
+    A scheduler of ``torch.optim.lr_scheduler`` multiplies a learned lr. Once it has written ``initial_lr`` to the
+    group, the entry ``lr`` is the scheduler's own, a float64 tensor of no dimension; the lr in use (:meth:`in_use`) is
+    the learned one times ``lr / initial_lr``, and hypergradients are those of the learned one, which bounds and
+    ``growth`` hold for. With a horizon, earlier updates count as if they had been made with the present factor. An
+    ``initial_lr`` that is not the present lr (of ``OneCycleLR``) becomes the learned lr. What else a scheduler writes
+    (momentum, betas, an lr that is not learned, that of ``ReduceLROnPlateau``) is written as by anyone.
+
+    Hypergradients are made of the gradients that move the parameters: unscaled, if a ``torch.amp.GradScaler`` scaled
+    them (``step()`` divides by its scale, without waiting for it; where it found an inf, all groups sit the step out),
+    and clipped, if they were clipped before ``step()``.
+
     Non-finite numbers do not spread: see ``nonfinite``. A gradient so large that its squared norm is not finite counts
     as one that is not. :meth:`skipped_steps` counts the steps that a group sat out, :meth:`held_steps` those that its
     tower did, and :meth:`bounded_steps` how often ``bounds``, ``growth`` or ``trust`` cut a move.
@@ -230,6 +353,8 @@ class HyperOptimizer(Optimizer):
             ``nonfinite`` is no policy.
     """
 
+    _shard_group: ProcessGroup | None = None  # no part of what is copied
+
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
@@ -237,8 +362,32 @@ class HyperOptimizer(Optimizer):
         *,
         maximize: bool = False,
         nonfinite: str | None = None,
+        shard_group: ProcessGroup | None = None,
     ) -> None:
-        super().__init__(params, {"stack": Stack.coerce(stack), "maximize": maximize, "nonfinite": nonfinite})
+        self._shard_group = shard_group
+        stack = Stack.coerce(stack)
+        values: dict[str, Any] = stack[0].values()
+        if "beta1" in values:
+            values = {"betas": (values.pop("beta1"), values.pop("beta2")), **values}
+        super().__init__(params, {**values, "stack": stack, "maximize": maximize, "nonfinite": nonfinite})
+
+    # GradScaler.step() then leaves it to step() to divide by `grad_scale` and to heed `found_inf`, as in torch's fused
+    # optimizers.
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return not any("optimizer" in group for group in self.param_groups)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """As in torch.optim."""
+        for group in getattr(self, "_groups", ()):
+            group.meet_scheduler()
+        groups: list[dict[str, Any]] = self.__dict__["param_groups"]
+        return groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.__dict__["param_groups"] = groups
 
     @property
     def stack(self) -> Stack:
@@ -252,6 +401,13 @@ class HyperOptimizer(Optimizer):
         They have no dimension, or, of a level with ``granularity="tensor"``, one number for each parameter.
         """
         return [dict(level) for level in self._groups[group].hyperparameters]
+
+    def in_use(self, group: int = 0) -> list[dict[str, Tensor]]:
+        """The values that the most recent update was made with, as :meth:`hyperparameters` gives the learned ones.
+
+        They differ where a scheduler or ``converge`` stands between the two, and in what ``trust`` lowers.
+        """
+        return [dict(level) for level in self._groups[group].used]
 
     def skipped_steps(self, group: int = 0) -> Tensor:
         """How many steps changed nothing, because a number was not finite: live, float64, 0-d, or one a tensor."""
@@ -268,6 +424,37 @@ class HyperOptimizer(Optimizer):
         """
         return [dict(level) for level in self._groups[group].bounded]
 
+    def export(
+        self,
+        recorder: Recorder | None = None,
+        *,
+        values: str = "final",
+        schedule: bool = True,
+        params: Iterable[Any] | None = None,
+    ) -> tuple[Optimizer, LambdaLR]:
+        """What was learned, as an optimizer of ``torch.optim`` and a ``LambdaLR`` on it; call ``step()`` of both.
+
+        A ``LambdaLR`` schedules lr alone. All other hyperparameters, as learned betas, are constants there.
+
+        Args:
+            recorder: the :class:`Recorder` of this run. The lr follows what it recorded of the lr in use, record for
+                record, and stays at the last one. ``None``: lr is constant, and the LambdaLR is the factor 1.
+            values: of the constants: ``"final"``, those of the last step, or ``"mean"``, the mean over all records.
+                Default: ``"final"``.
+            schedule: False: lr is one of these constants, too. Default: True.
+            params: what the new optimizer trains, as parameters or, of several param groups, as a list of lists, in the
+                order of this one's. Default: the same parameters. The state starts anew in any case.
+
+        A level with ``granularity="tensor"`` makes a param group of each tensor. ``Wrap`` makes the optimizer that it
+        wraps.
+
+        Raises:
+            TypeError: the first level is no method of ``torch.optim`` (AdaBelief, Lion, those of ``hx.compat``, any
+                with an ``eps_root``), or the param groups have several methods.
+            ValueError: the recorder is empty or that of another optimizer, a mean without one, or other parameters.
+        """
+        return export(self, recorder, values=values, schedule=schedule, params=params)
+
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
@@ -282,24 +469,58 @@ class HyperOptimizer(Optimizer):
         Raises:
             ValueError: a gradient is sparse, or does not match its parameter in shape, dtype or device. Nothing is
                 changed then.
+            RuntimeError: under ``torch.export``.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
 
+        if torch.compiler.is_exporting():
+            raise RuntimeError(
+                "torch.export would make constants of the parameters and of the optimizer's state; export a step of "
+                "hx.functional.<rule>"
+            )
         if torch.compiler.is_compiling():
             _create_state(self._key)
+        else:
+            if any(g.group["params"] is not g.params for g in self._groups):
+                self._adopt_parameters()
+            if not self.state and self._is_rehearsal():
+                _create_state(self._key)
+                return loss
         # All gradients before any state: dynamo must not meet a parameter as a key of the state first.
         moving = [[p for p in g.group["params"] if p.grad is not None and p.requires_grad] for g in self._groups]
         for group in self._groups:
             group.adopt_assignments()
-        updates = [_Update(g, params, self.state) for g, params in zip(self._groups, moving, strict=True) if params]
-        _move_towers(updates)
+        reduction = self._reduction
+        scaler = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # of a torch.amp.GradScaler
+        updates = [
+            _Update(g, params, self.state, reduction, *scaler)
+            for g, params in zip(self._groups, moving, strict=True)
+            if params or (reduction is not None and (g.sums or g.capped))  # others may have some
+        ]
+        _move_towers(updates, reduction)
         for update in updates:
             update.step()
             self.state.update(update.new)
         return loss
+
+    def _adopt_parameters(self) -> None:
+        """Trainers that shard a model after they got its optimizer put new lists of parameters in place."""
+        for group in self._groups:
+            group.adopt_assignments()
+        self._attach()
+
+    def _is_rehearsal(self) -> bool:
+        """Whether this is no step, but how torch.distributed.checkpoint makes an optimizer create its state.
+
+        It puts a tensor of 0 in the place of each lr, calls ``step()`` with gradients of 0 and puts the old lr back.
+        """
+        assigned = [(g.group["lr"], g.entries["lr"]) for g in self._groups if "lr" in g.entries]
+        return bool(assigned) and all(
+            isinstance(lr, Tensor) and lr is not live and lr.numel() == 1 and lr.item() == 0 for lr, live in assigned
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, with a tower of its own. See :class:`HyperOptimizer` for what it may hold."""
@@ -315,15 +536,34 @@ class HyperOptimizer(Optimizer):
         if policy is not None and policy not in _POLICIES:
             raise ValueError(f"nonfinite is {policy!r}, but the policies are {', '.join(map(repr, _POLICIES))}")
         device = self._check_params(group["params"])
+        added = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
+        distributed.Reduction([*(p for g in self.param_groups for p in g["params"]), *added], self._shard_group)
+        if self._shard_group is not None:
+            if stack[0].granularity == "tensor":
+                raise ValueError(
+                    f"{stack[0]}: with a shard_group, granularity must be 'group', since other processes hold other "
+                    "tensors; without one each process has towers of its own"
+                )
+            if not group["params"]:
+                device = distributed.device_of(self._shard_group)
         super().add_param_group(group)
+        for name in self.defaults.keys() - {"stack", "maximize", "nonfinite"}:
+            group.pop(name, None)
         group["stack"] = stack
+        try:
+            optimizer = stack[0].make(group)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        if optimizer is not None:
+            group["optimizer"] = optimizer
         group["tower"] = _new_tower(stack, group["params"], device)
         self._attach()
 
     def _stack_for(self, group: dict[str, Any]) -> Stack:
         """The stack of a new group; takes the arguments of its first level out of the group."""
         stack = Stack.coerce(group.get("stack", self.defaults["stack"]))
-        arguments = [f.name for f in fields(stack[0])]
+        arguments = stack[0].arguments()
         changes = {name: group.pop(name) for name in arguments if name in group}
         for name in stack[0].values():
             if name in group:
@@ -359,10 +599,18 @@ class HyperOptimizer(Optimizer):
     def _attach(self) -> None:
         """Rebuilds what is derived from the param groups."""
         self._groups = [_Group(group) for group in self.param_groups]
+        params = [p for group in self.param_groups for p in group["params"]]
+        self._reduction = distributed.Reduction.of(params, self._shard_group)
         self._key = str(id(self))  # of an int, dynamo would make a symbol
         _alive[self._key] = self
         for group in self._groups:
-            group.group.update(group.hyperparameters[0])
+            group.link()
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._shard_group is not None:
+            raise TypeError("an optimizer with a shard_group cannot be copied or pickled; use state_dict()")
+        state: dict[str, Any] = super().__getstate__()
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -373,7 +621,14 @@ class HyperOptimizer(Optimizer):
         """As in torch.optim. A group holds its ``tower`` (all levels) and, as a string, the structure of its stack."""
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
-            group["stack"] = group["stack"].structure()
+            stack: Stack = group["stack"]
+            group["stack"] = stack.structure()
+            if "optimizer" in group:
+                group["optimizer"] = group["optimizer"].state_dict()
+            # Where each tensor has its own, they are a column of the tower, which collectives do not take.
+            for name in stack[0].values():
+                if isinstance(value := group.get(name), Tensor):
+                    group[name] = value.contiguous()
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -382,7 +637,8 @@ class HyperOptimizer(Optimizer):
         Raises:
             ValueError: the state dict is of another stack, or of parameters of other shapes. Nothing is changed then.
         """
-        own = [(group["stack"], group["tower"]) for group in self.param_groups]
+        own = [{name: group[name] for name in _OWN if name in group} for group in self.param_groups]
+        schedules = [None if g.initial is None else (g.entries["lr"], g.initial) for g in self._groups]
         loaded: dict[str, Any] = {}
 
         def check(_: Optimizer, incoming: dict[str, Any]) -> None:
@@ -391,7 +647,7 @@ class HyperOptimizer(Optimizer):
 
         hooks = [
             self.register_load_state_dict_pre_hook(check),  # last: sees what the caller's own hooks made of it
-            self.register_load_state_dict_post_hook(lambda _: self._restore(own, loaded), prepend=True),
+            self.register_load_state_dict_post_hook(lambda _: self._restore(own, schedules, loaded), prepend=True),
         ]
         try:
             super().load_state_dict(state_dict)
@@ -399,25 +655,36 @@ class HyperOptimizer(Optimizer):
             for hook in hooks:
                 hook.remove()
 
-    def _restore(self, own: list[tuple[Stack, Tensor]], loaded: dict[str, Any]) -> None:
+    def _restore(
+        self,
+        own: list[dict[str, Any]],
+        schedules: list[tuple[Tensor, Tensor] | None],
+        loaded: dict[str, Any],
+    ) -> None:
         """Mends what Optimizer.load_state_dict does to towers and state.
 
         It puts the saved towers in the place of those that hyperparameters() gave views of, shares the caller's
         tensors, and casts state to the parameter's dtype.
         """
-        saved = [dict(group) for group in self.param_groups]
-        for group, (stack, tower) in zip(self.param_groups, own, strict=True):
-            tower.copy_(group["tower"])
-            group.update(stack=stack, tower=tower)
+        groups = self.__dict__["param_groups"]
+        saved = [dict(group) for group in groups]
+        for group, mine, schedule in zip(groups, own, schedules, strict=True):
+            mine["tower"].copy_(group["tower"])
+            if "optimizer" in mine:
+                mine["optimizer"].load_state_dict(group["optimizer"])
+            group.update(mine)
+            if schedule is not None and "initial_lr" not in group:  # this optimizer has a scheduler, the other had none
+                group.update(lr=schedule[0], initial_lr=schedule[1])
         self._attach()
         for attached, values in zip(self._groups, saved, strict=True):
             for name, live in attached.hyperparameters[0].items():
-                live.copy_(values.get(name, live))  # the caller may have edited them
+                if name != "lr" or "initial_lr" not in values or attached.initial is None:
+                    live.copy_(values.get(name, live))  # the caller may have edited them
         keys = [key for group in loaded["param_groups"] for key in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for key, p in zip(keys, params, strict=True):
             for name, value in loaded["state"].get(key, {}).items():
-                like = p if value.shape == p.shape else value
+                like = value if name in ("step", "tick") else p
                 state = torch.empty_like(like, dtype=_state_dtype(p, name), device=p.device, requires_grad=False)
                 self.state[p][name] = state.copy_(value)
 
@@ -427,6 +694,8 @@ class HyperOptimizer(Optimizer):
             raise ValueError(
                 f"state_dict has {len(saved_groups)} param groups, but this optimizer has {len(self.param_groups)}"
             )
+        if "state" not in state_dict:
+            raise ValueError("state_dict has no 'state': it is a part of what state_dict() gave")
         for i, (saved, group) in enumerate(zip(saved_groups, self.param_groups, strict=True)):
             ours = group["stack"].structure()
             if "stack" not in saved:
@@ -440,10 +709,10 @@ class HyperOptimizer(Optimizer):
                     f"state_dict: param group {i} has {len(saved['params'])} parameters, but this optimizer's has "
                     f"{len(group['params'])}"
                 )
-            if saved["tower"].shape != group["tower"].shape:
-                raise ValueError(
-                    f"state_dict: the tower of param group {i} has the shape {tuple(saved['tower'].shape)}"
-                )
+            shape, expected = getattr(saved.get("tower"), "shape", None), group["tower"].shape
+            if shape != expected:
+                found = "no tower" if shape is None else f"a tower of the shape {tuple(shape)}"
+                raise ValueError(f"state_dict: param group {i} has {found}, but this optimizer needs {tuple(expected)}")
             names = ["step", "tick", *self._groups[i].states, *self._groups[i].records]
             for j, (key, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
                 state = state_dict["state"].get(key)
@@ -461,10 +730,12 @@ class HyperOptimizer(Optimizer):
                             f"state_dict: {name} of parameter {j} of group {i} has the shape {tuple(value.shape)}, "
                             f"but the parameter needs {tuple(shape)}"
                         )
+                    if name not in ("step", "tick"):
+                        distributed.check_layout(f"state_dict: {name} of parameter {j} of group {i}", value, p)
 
     def __repr__(self) -> str:
         lines = [f"HyperOptimizer({self.stack}"]
         for i, group in enumerate(self.param_groups):
             lines.append(f"Parameter Group {i}")
-            lines += [f"    {key}: {group[key]}" for key in sorted(group) if key not in ("params", "tower")]
+            lines += [f"    {key}: {group[key]}" for key in sorted(group) if key not in _UNPRINTED]
         return "\n".join([*lines, ")"])

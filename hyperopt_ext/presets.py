@@ -57,9 +57,8 @@ def auto(
         maximize, nonfinite: as in :class:`HyperOptimizer`.
         arguments: of the base level, in the place of those above: ``weight_decay=0.1``, ``betas=(0.9, 0.999)``, ...
 
-    Of the schedulers of ``torch.optim.lr_scheduler``, those fit that multiply the present lr (``ExponentialLR``,
-    ``StepLR``, ``CosineAnnealingLR``, ...). ``LambdaLR`` and warm restarts write the first lr back, and nothing is
-    learned.
+    A scheduler of ``torch.optim.lr_scheduler`` multiplies what is learned (see :class:`HyperOptimizer`); one that names
+    an lr of its own (``OneCycleLR``, ``CyclicLR``) sets the first.
 
     Raises:
         ValueError: an unknown ``base``, or a value out of its range.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, MISSING, Field, dataclass, field, fields, replace
 from difflib import get_close_matches
 from itertools import pairwise
 from typing import Any, ClassVar, TypeGuard
+
+import torch
+from torch.optim.optimizer import Optimizer
 
 from hyperopt_ext import _C
 
@@ -104,6 +107,8 @@ class Level:
 
     # Hyperparameters without which (0 and not learned) the method is another rule, with less state.
     optional: ClassVar[tuple[str, ...]] = ()
+    # Whether it can move parameters alone, and not the hyperparameters of another level.
+    first_only: ClassVar[bool] = False
 
     @classmethod
     def rule_for(cls, names: Collection[str], **structure: bool) -> str:
@@ -268,6 +273,19 @@ class Level:
             "per_tensor": float(self.granularity == "tensor"),
         }
 
+    def arguments(self) -> list[str]:
+        """The names that a param group may give its own values for."""
+        return [f.name for f in fields(self)]
+
+    def make(self, group: dict[str, Any]) -> Optimizer | None:
+        """The optimizer that moves the parameters of a param group, if it is not this library."""
+        return None
+
+    def step_of(self, group: dict[str, Any]) -> Callable[..., None]:
+        """What makes an update of a param group's parameters, with the arguments of csrc/pass.h."""
+        step: Callable[..., None] = getattr(torch.ops.hyperopt_ext, f"{self.rule}_step_").default
+        return step
+
     def replace(self, **changes: Any) -> Level:
         """The same level with other arguments."""
         return replace(self, **changes)
@@ -343,6 +361,8 @@ class Stack:
             if not isinstance(level, Level):
                 raise TypeError(f"Stack: levels must hold levels such as hx.Adam(...), not {level!r}")
         for below, level in pairwise(self.levels):
+            if level.first_only:
+                raise ValueError(f"Stack: {level!r} can only be the first level, which moves the parameters")
             if level.trust is not None:
                 raise ValueError(
                     f"Stack: trust measures steps of the parameters, so only the first level can have it, not {level!r}"

@@ -3,42 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
-from adabelief_pytorch import AdaBelief
 from hypothesis import strategies as st
-from lion_pytorch import Lion
+from reference import TWINS
 
 import hyperopt_ext as hx
+from hyperopt_ext import testing
 
 
-@dataclass(frozen=True)
-class Case:
-    """A rule, arguments that reach every line of it, and the published optimizer that it must equal."""
+def published_elsewhere(package: str, name: str) -> Callable[..., torch.optim.Optimizer]:
+    """An optimizer of a package that is only needed to compare with it."""
+    return lambda *args, **kw: getattr(import_module(package), name)(*args, **kw)
 
-    rule: str
-    make: Callable[..., hx.Level]
-    published: Callable[..., torch.optim.Optimizer]
-    options: tuple[dict[str, Any], ...]
-    hyper: dict[str, float]  # a generic point at which derivatives are tested
-    jumps: bool = False  # the update is not continuous in the gradient
 
-    def __str__(self) -> str:
-        return self.rule
+AdaBelief, Lion = published_elsewhere("adabelief_pytorch", "AdaBelief"), published_elsewhere("lion_pytorch", "Lion")
+
+
+def rule_case(
+    rule: str,
+    make: Callable[..., hx.Level],
+    published: Callable[..., torch.optim.Optimizer],
+    options: tuple[dict[str, Any], ...],
+    hyper: dict[str, float],
+    jumps: bool = False,
+) -> testing.Case:
+    """A rule of the library; its twin is in reference.py."""
+    return testing.Case(rule, make, TWINS[rule], published, options, hyper, jumps)
 
 
 CASES = [
-    Case(
+    rule_case(
         "sgd",
         hx.SGD,
         torch.optim.SGD,
         ({"lr": 0.1}, {"lr": 0.1, "weight_decay": 0.2}),
         {"lr": 0.1, "weight_decay": 0.3},
     ),
-    Case(
+    rule_case(
         "sgd_momentum",
         hx.SGD,
         torch.optim.SGD,
@@ -49,14 +54,14 @@ CASES = [
         ),
         {"lr": 0.1, "momentum": 0.6, "dampening": 0.2, "weight_decay": 0.3},
     ),
-    Case(
+    rule_case(
         "sgd_nesterov",
         lambda **kw: hx.SGD(nesterov=True, **kw),
         lambda params, **kw: torch.optim.SGD(params, nesterov=True, **kw),
         ({"lr": 0.1, "momentum": 0.9}, {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.2}),
         {"lr": 0.1, "momentum": 0.6, "dampening": 0.0, "weight_decay": 0.3},
     ),
-    Case(
+    rule_case(
         "adam",
         hx.Adam,
         torch.optim.Adam,
@@ -68,7 +73,7 @@ CASES = [
         ),
         {"lr": 0.1, "beta1": 0.6, "beta2": 0.8, "eps": 1e-2, "weight_decay": 0.3},
     ),
-    Case(
+    rule_case(
         "adamw",
         hx.AdamW,
         torch.optim.AdamW,
@@ -80,7 +85,7 @@ CASES = [
         ),
         {"lr": 0.1, "beta1": 0.6, "beta2": 0.8, "eps": 1e-2, "weight_decay": 0.3},
     ),
-    Case(
+    rule_case(
         "amsgrad",
         hx.AMSGrad,
         partial(torch.optim.Adam, amsgrad=True),
@@ -93,7 +98,7 @@ CASES = [
         {"lr": 0.1, "beta1": 0.6, "beta2": 0.8, "eps": 1e-2, "weight_decay": 0.3},
     ),
     *(
-        Case(
+        rule_case(
             "adabelief" + "_rectified" * rectify + "_coupled" * (not decouple),
             partial(hx.AdaBelief, weight_decouple=decouple, rectify=rectify),
             partial(AdaBelief, weight_decouple=decouple, rectify=rectify, print_change_log=False),
@@ -108,7 +113,7 @@ CASES = [
         for rectify in (False, True)
         for decouple in (False, True)
     ),
-    Case(
+    rule_case(
         "adagrad",
         hx.Adagrad,
         torch.optim.Adagrad,
@@ -118,7 +123,7 @@ CASES = [
         ),
         {"lr": 0.1, "lr_decay": 0.2, "weight_decay": 0.3, "eps": 1e-2, "eps_root": 1e-2},
     ),
-    Case(
+    rule_case(
         "adadelta",
         hx.Adadelta,
         torch.optim.Adadelta,
@@ -126,7 +131,7 @@ CASES = [
         {"lr": 0.1, "rho": 0.6, "eps": 1e-2, "weight_decay": 0.3},
     ),
     *(
-        Case(
+        rule_case(
             "rmsprop" + "_centered" * centered + "_momentum" * bool(momentum),
             partial(hx.RMSprop, centered=centered),
             partial(torch.optim.RMSprop, centered=centered),
@@ -144,7 +149,7 @@ CASES = [
         for momentum in ({}, {"momentum": 0.6})
     ),
     *(
-        Case(
+        rule_case(
             "nadam" + "_decoupled" * decoupled,
             partial(hx.NAdam, decoupled_weight_decay=decoupled),
             partial(torch.optim.NAdam, decoupled_weight_decay=decoupled),
@@ -158,7 +163,7 @@ CASES = [
         )
         for decoupled in (False, True)
     ),
-    Case(
+    rule_case(
         "lion",
         hx.Lion,
         Lion,
@@ -178,15 +183,7 @@ RULE_CASES = {case.rule: case for case in CASES}
 
 def level_of(rule: str, hyper: dict[str, float], **kw: Any) -> hx.Level:
     """The level of a rule at the values `hyper` (by the names of the hyperparameters)."""
-    values = dict(hyper)
-    if "beta1" in values:
-        values["betas"] = (values.pop("beta1"), values.pop("beta2"))
-    return RULE_CASES[rule].make(**values, **kw)
-
-
-def structure_of(level: hx.Level) -> dict[str, bool]:
-    """The arguments that choose the level's variant of its method."""
-    return {name: getattr(level, name) for name in level.structural()}
+    return RULE_CASES[rule].level(hyper, **kw)
 
 
 @st.composite

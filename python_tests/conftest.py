@@ -1,4 +1,5 @@
 import os
+import shutil
 
 import pytest
 import torch
@@ -19,3 +20,13 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what this machine cannot run: ``cuda`` without a GPU, ``nvcc`` without a toolkit."""
+    there = {"cuda": torch.cuda.is_available(), "nvcc": shutil.which("nvcc") is not None}
+    missing = [name for name, is_there in there.items() if not is_there]
+    left_out = [item for item in items if any(item.get_closest_marker(name) for name in missing)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]

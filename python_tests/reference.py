@@ -1,8 +1,7 @@
-"""The independent truth: every rule in eager torch ops, and towers of them built of plain autograd.
+"""The independent truth: every rule in eager torch ops, and a transcription of what goes beyond the paper.
 
-Nothing here knows of csrc. ``ReferenceTower`` is the method as the paper states it: the last update of every level is
-part of the graph of the loss, and everything that the update read is detached. ``TranscribedTower`` writes out what
-goes beyond the paper, with the derivative of each update from autograd's forward mode.
+Nothing here knows of csrc. Towers of these rules in the paper's form are ``hyperopt_ext.testing.ReferenceTower``;
+``TranscribedTower`` writes out the rest, with the derivative of each update from autograd's forward mode.
 """
 
 from __future__ import annotations
@@ -14,13 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-State = dict[str, Tensor]
-
-
-def safe_sqrt(x: Tensor) -> Tensor:
-    """The root with slope 0 at 0, the library's convention."""
-    positive = x > 0
-    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
+from hyperopt_ext.testing import Twin, larger, safe_sqrt
+from hyperopt_ext.testing.reference import COORDINATES, State
 
 
 def sgd(w: Tensor, g: Tensor, s: State, h: State, step: int) -> tuple[Tensor, State]:
@@ -51,11 +45,6 @@ def adam(w: Tensor, g: Tensor, s: State, h: State, step: int) -> tuple[Tensor, S
 def adamw(w: Tensor, g: Tensor, s: State, h: State, step: int) -> tuple[Tensor, State]:
     new, state = adam(w, g, s, {**h, "weight_decay": torch.zeros(())}, step)
     return new - h["lr"] * h["weight_decay"] * w, state
-
-
-def larger(a: Tensor, b: Tensor) -> Tensor:
-    """The maximum, with the slope of `a` where they are equal, the library's convention."""
-    return torch.where(a >= b, a, b)
 
 
 def amsgrad(w: Tensor, g: Tensor, s: State, h: State, step: int) -> tuple[Tensor, State]:
@@ -137,7 +126,7 @@ def lion(w: Tensor, g: Tensor, s: State, h: State, step: int) -> tuple[Tensor, S
     return w - h["lr"] * (direction + h["weight_decay"] * w), {"exp_avg": m}
 
 
-TWINS: dict[str, Callable[..., tuple[Tensor, State]]] = {
+TWINS: dict[str, Twin] = {
     "sgd": sgd,
     "sgd_momentum": sgd_momentum,
     "sgd_nesterov": sgd_nesterov,
@@ -158,74 +147,6 @@ TWINS: dict[str, Callable[..., tuple[Tensor, State]]] = {
     "nadam_decoupled": partial(nadam, decouple=True),
     "lion": lion,
 }
-
-COORDINATES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "linear": (lambda x: x, lambda h: h),
-    "log": (torch.exp, torch.log),
-    "square": (torch.square, torch.sqrt),
-    "softplus": (torch.nn.functional.softplus, lambda h: h + torch.log(-torch.expm1(-h))),
-    "tanh": (lambda x: (torch.tanh(x) + 1) / 2, lambda h: torch.atanh(2 * h - 1)),
-    "multiplicative": (torch.exp, torch.log),
-}
-
-
-class _Level:
-    def __init__(self, level, is_top: bool) -> None:
-        self.twin = TWINS[level.rule]
-        self.values = {k: torch.tensor(float(v), dtype=torch.float64) for k, v in level.values().items()}
-        self.spaces = dict(zip(self.values, level.coordinates(), strict=True))
-        self.limits = dict(zip(self.values, level.limits(), strict=True))
-        self.learn = () if is_top else level.learn_names
-        self.x = {k: COORDINATES[self.spaces[k]][1](self.values[k]).requires_grad_() for k in self.learn}
-        self.start = level.start()
-        self.state: dict[object, State] = {}
-
-    def h(self) -> State:
-        learned = {k: COORDINATES[self.spaces[k]][0](x) for k, x in self.x.items()}
-        return {**self.values, **learned}
-
-    def update(self, key: object, w: Tensor, g: Tensor, step: int, h: State) -> Tensor:
-        start = {name: torch.full_like(w, value) for name, value in self.start.items()}
-        state = {k: v.detach() for k, v in self.state.get(key, start).items()}
-        new, self.state[key] = self.twin(w.detach(), g, state, h, step)
-        return new
-
-
-class ReferenceTower:
-    """Trains copies of ``params`` (a list) with the levels of an ``hx.Stack``, through one autograd graph a step."""
-
-    def __init__(self, params, stack) -> None:
-        self.params = [p.detach().clone().requires_grad_() for p in params]
-        self.levels = [_Level(level, k + 1 == len(stack)) for k, level in enumerate(stack)]
-        self.steps = 0
-
-    def step(self, loss_of_params) -> None:
-        self.steps += 1
-        learned = [x for level in self.levels for x in level.x.values()]
-        loss = loss_of_params(self.params)
-        grads = torch.autograd.grad(loss, [*self.params, *learned], allow_unused=True)
-        grads = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, [*self.params, *learned], strict=True)]
-        of = dict(zip(map(id, [*self.params, *learned]), grads, strict=True))
-
-        for k in reversed(range(len(self.levels))):
-            level = self.levels[k]
-            if k + 1 < len(self.levels):
-                above, h = self.levels[k + 1], self.levels[k + 1].h()
-                for name, x in level.x.items():
-                    moved = above.update(name, x, of[id(x)], self.steps, h)
-                    to_h, to_x = COORDINATES[level.spaces[name]]
-                    value = to_h(moved).detach()
-                    projected = value.clamp(*level.limits[name])
-                    if projected != value:
-                        moved = moved + (to_x(projected) - moved).detach()
-                    level.x[name] = moved if moved.requires_grad else moved.requires_grad_()
-        base, h = self.levels[0], self.levels[0].h()
-        self.params = [base.update(i, w, of[id(w)], self.steps, h) for i, w in enumerate(self.params)]
-        self.params = [w if w.requires_grad else w.requires_grad_() for w in self.params]
-
-    def hyperparameters(self) -> list[dict[str, float]]:
-        return [{name: value.item() for name, value in level.h().items()} for level in self.levels]
-
 
 SMALLEST_RMS = 1e-3  # of parameters, where updates are measured by them
 

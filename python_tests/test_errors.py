@@ -252,6 +252,11 @@ BAD_STATE_DICTS = {
     "a missing state": (another_dict(lambda d: d["state"][1].pop("last_grad")), "state of parameter 1"),
     "a torch.optim state": (lambda opt: torch.optim.Adam(other()).state_dict(), "not that of a HyperOptimizer"),
     "an empty dict": (lambda opt: {}, "0 param groups"),
+    "no state": (lambda opt: {"param_groups": opt.state_dict()["param_groups"]}, "has no 'state'"),
+    "no tower": (
+        another_dict(lambda d: d["param_groups"][0].pop("tower")),
+        "param group 0 has no tower, but this optimizer",
+    ),
 }
 
 
@@ -324,7 +329,7 @@ def test_the_tower_operator_checks_its_lists():
         torch.ops.hyperopt_ext.tower_([group.tower], [], [group.plan], [group.bounds], [group.settings])
     unknown = group.plan.clone()
     unknown[1, 0] = 1000
-    with pytest.raises(ValueError, match="rule that is not loaded"):
+    with pytest.raises(ValueError, match="not a plan of rules that are loaded"):
         torch.ops.hyperopt_ext.tower_(
             [group.tower], [good["hypergradients"]], [unknown], [group.bounds], [group.settings]
         )

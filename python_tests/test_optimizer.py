@@ -200,6 +200,20 @@ def test_assigning_to_a_group_is_writing():
         opt.step()
 
 
+def test_betas_are_beta1_and_beta2():
+    problem = Regression(6)
+    opt = hx.HyperOptimizer(problem.model.parameters(), hx.Adam(lr=1e-2) / hx.SGD(lr=0.0))
+    assert opt.defaults["betas"] == (0.9, 0.999)
+    opt.param_groups[0]["betas"] = (0.5, torch.tensor(0.75))
+    problem.train(opt, range(1))
+    assert values(opt)[0]["beta1"] == pytest.approx(0.5, rel=1e-12)
+    assert values(opt)[0]["beta2"] == pytest.approx(0.75, rel=1e-12)
+    assert opt.param_groups[0]["betas"][0] is opt.param_groups[0]["beta1"]
+    opt.param_groups[0]["betas"] = 0.9
+    with pytest.raises(TypeError, match="param group: betas must be two numbers"):
+        opt.step()
+
+
 @pytest.mark.parametrize("space", ["linear", "log", "square"])
 @pytest.mark.parametrize("learn", ["lr", ()])
 def test_what_is_written_is_projected(space, learn):

@@ -6,15 +6,16 @@ import copy
 
 import pytest
 import torch
-from cases import CASES, level_of, safeguarded_stacks
+from cases import CASES, safeguarded_stacks
 from gradient_descent_the_ultimate_optimizer import gdtuo as package
 from hypothesis import given
 from problems import Regression, assert_same, float64_by_default, relative_error
-from reference import TWINS, TranscribedTower
+from reference import TranscribedTower
 
 import hyperopt_ext as hx
 from hyperopt_ext import _C
 from hyperopt_ext.compat import gdtuo
+from hyperopt_ext.testing import checks
 
 STEPS = 15
 
@@ -302,26 +303,4 @@ def test_the_package_has_an_alpha_for_each_tensor():
 @pytest.mark.parametrize("learn", ["lr", "all"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_trace_is_the_discounted_sum_of_the_derivatives_of_each_update(case, learn):
-    """Each of them from autograd, for every rule."""
-    names = tuple(case.hyper) if learn == "all" else ("lr",)
-    level = level_of(case.rule, case.hyper, learn=names, space=dict.fromkeys(names, "linear"), horizon=3)
-    hyper = {name: torch.tensor(float(value), dtype=torch.float64) for name, value in case.hyper.items()}
-    p = torch.nn.Parameter(torch.randn(500, dtype=torch.float64))
-    opt = hx.HyperOptimizer([p], level / hx.SGD(lr=0.0))
-    state = {name: torch.zeros_like(p) for name in level.start()}
-    traces = {name: torch.zeros_like(p).detach() for name in names}
-    for step in range(1, 8):
-        w, p.grad = p.detach().clone(), torch.randn_like(p)
-        p.grad[:20] = 0
-        for name in names:
-            leaf = hyper[name].clone().requires_grad_()
-            with torch.autograd.forward_ad.dual_level():
-                dual = torch.autograd.forward_ad.make_dual(leaf.detach(), torch.ones_like(leaf))
-                new, _ = TWINS[case.rule](w, p.grad, state, {**hyper, name: dual}, step)
-                tangent = torch.autograd.forward_ad.unpack_dual(new).tangent
-            traces[name] = traces[name] * (2 / 3) + (0.0 if tangent is None else tangent)
-        expected, state = TWINS[case.rule](w, p.grad, state, hyper, step)
-        opt.step()
-        assert relative_error(p.detach(), expected) < 1e-12
-        for name, trace in traces.items():
-            torch.testing.assert_close(opt.state[p][f"trace_{name}"], trace, rtol=1e-9, atol=1e-12, msg=name)
+    checks.traces_are_discounted_sums(case, case.names if learn == "all" else ("lr",))

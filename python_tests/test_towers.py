@@ -11,25 +11,19 @@ from cases import CASES, stacks
 from gradient_descent_the_ultimate_optimizer import gdtuo as package
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import Regression, assert_same, float64_by_default, relative_error
-from reference import ReferenceTower
+from problems import Regression, assert_same, float64_by_default
+from reference import TWINS
 
 import hyperopt_ext as hx
 from hyperopt_ext.compat import gdtuo
+from hyperopt_ext.testing import ReferenceTower, checks
 
 STEPS = 60
 
 
 @given(stack=stacks())
 def test_equals_a_tower_of_plain_autograd(stack):
-    problem = Regression(STEPS)
-    reference = ReferenceTower(problem.model.parameters(), stack)
-    opt = hx.HyperOptimizer(problem.model.parameters(), stack)
-    for i in range(STEPS):
-        reference.step(lambda params, i=i: problem.loss_of(i, params))
-        problem.train(opt, range(i, i + 1))
-    assert_same(problem.model.parameters(), opt.hyperparameters(), reference.params, reference.hyperparameters())
-    assert opt.skipped_steps() == 0
+    checks.equals_a_tower_of_plain_autograd(stack, TWINS, STEPS)
 
 
 @given(stack=stacks(min_height=1, max_height=1))
@@ -41,7 +35,7 @@ def test_bounds_project_what_is_learned(stack):
     bounds = {name: (0.999 * min(values[name], 1.0), 1.001 * values[name] + 1e-6) for name in base.learn_names}
     problem = Regression(STEPS)
     stack = hx.Stack((base.replace(bounds=bounds), above.replace(lr=above.values()["lr"] * 100)))
-    reference = ReferenceTower(problem.model.parameters(), stack)
+    reference = ReferenceTower(problem.model.parameters(), stack, TWINS)
     opt = hx.HyperOptimizer(problem.model.parameters(), stack)
     for i in range(20):
         reference.step(lambda params, i=i: problem.loss_of(i, params))
@@ -102,16 +96,12 @@ def test_equals_the_package_of_the_paper(base, above):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_the_published_optimizer_if_nothing_is_learned(case):
-    for options in case.options:
-        for stack in (case.make(**options), case.make(**options, learn=()) / hx.Adam()):
-            ours, theirs = Regression(100), Regression(100)
-            problem_opt = hx.HyperOptimizer(ours.model.parameters(), stack)
-            published = case.published(theirs.model.parameters(), **options)
-            ours.train(problem_opt, range(100))
-            with float64_by_default():  # of the scalars that torch keeps
-                theirs.train(published, range(100))
-            for p, q in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
-                assert relative_error(p.detach(), q.detach()) <= 1e-12
+    checks.equals_the_published_optimizer(case)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_state_dict_resumes_to_the_bit(case):
+    checks.a_state_dict_resumes_to_the_bit(case)
 
 
 def test_maximize_is_minimising_the_negative_objective():

@@ -164,30 +164,17 @@ HX_CLONES void vjp(const Slice& slice, const void* prepared, double* sums) {
   const P p = *static_cast<const P*>(prepared);
   const A* grad_state[kMaxStates];
   A* grad_input[2 + kMaxStates];
-  for (int k = 0; k < kMaxStates; ++k) grad_state[k] = static_cast<const A*>(slice.grad_state[k]);
-  for (int k = 0; k < 2 + kMaxStates; ++k) grad_input[k] = static_cast<A*>(slice.grad_input[k]);
-  constexpr Mask state_mask = ((Mask(1) << states) - 1) << kOfState;
+  for (int k = 0; k < states; ++k) grad_state[k] = static_cast<const A*>(slice.grad_state[k]);
+  for (int k = 0; k < 2 + states; ++k) grad_input[k] = static_cast<A*>(slice.grad_input[k]);
   for (std::int64_t begin = 0; begin < slice.count; begin += kSumBlock) {
     const std::int64_t end = std::min(begin + kSumBlock, slice.count);
     A sum[count(S)] = {};
     HX_INDEPENDENT
     for (std::int64_t i = begin; i < end; ++i) {
-      const auto w = variable<kOfParam>(A(x.last_w[i]));
-      const auto e = variable<kOfGrad>(A(x.last_g[i])) + R::penalty(p, w);
-      const auto after = advance<R>(p, e, x.variable_state(i));
-      const auto updated = w + change<R>(p, e, w, after);
-      const A upstream = x.grad(i).value;
-      const auto pull = [&](auto d) HX_LAMBDA {
-        A total = upstream * updated.template tangent<d>();
-        each_direction<state_mask>([&](auto s) HX_LAMBDA {
-          total += grad_state[s - kOfState][i] * std::get<s - kOfState>(after).template tangent<d>();
-        });
-        return total;
-      };
-      each_direction<S>([&](auto d) HX_LAMBDA { sum[position(S, d)] += pull(d); });
-      grad_input[0][i] = pull(std::integral_constant<int, kOfParam>{});
-      grad_input[1][i] = pull(std::integral_constant<int, kOfGrad>{});
-      each_direction<state_mask>([&](auto d) HX_LAMBDA { grad_input[2 + d - kOfState][i] = pull(d); });
+      pull_back<R>(
+          p, x, i, [&](int k) HX_LAMBDA { return grad_state[k][i]; },
+          [&](int k, A value) HX_LAMBDA { grad_input[k][i] = value; },
+          [&](int k, A value) HX_LAMBDA { sum[k] += value; });
     }
     for (int k = 0; k < count(S); ++k) sums[k] += double(sum[k]);
   }

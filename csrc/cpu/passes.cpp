@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <deque>
 #include <vector>
 
@@ -100,6 +101,7 @@ Row tower_row(const Rule& rule, const Pass& pass, std::size_t i) {
 
 Item item_of(Batch& batch, const Rule& rule, const Pass& pass, std::size_t i, Written written) {
   Item item = item_for(batch.chunks(), rule, pass, i, written);
+  item.slice.scale = pass.grad_scale ? pass.scale / double(*pass.grad_scale->const_data_ptr<float>()) : pass.scale;
   item.slice.keep = 1.0 - 1.0 / std::max(pass.horizon, pass.horizon_growth * double(counter(pass.steps[i]) + 1));
   return item;
 }
@@ -240,17 +242,24 @@ void settle(const Rule& rule, const Pass& pass) {
   batch.finish();
 }
 
-void update(const Rule& rule, const Inputs& inputs) {
+void update(const Rule& rule, const Inputs& inputs, at::TensorList outputs) {
   const LearnedSet& set = rule.set_for(0);
   Batch batch(inputs.params.size());
   for (std::size_t i = 0; i < inputs.params.size(); ++i) {
-    const Item item = item_for(batch.chunks(), rule, inputs, i);
+    const Item item = item_for(batch.chunks(), rule, inputs, outputs, i);
     Steps steps;
     steps.now = batch.prepared(rule.cpu[item.type].prepare, inputs.hyper.const_data_ptr<double>(),
                                *inputs.step.const_data_ptr<double>());
     batch.add(item, steps);
   }
+  // The kernel works in place, on a copy of the inputs that has just come into the cache.
   batch.run([&](ScalarType type, const Steps& steps, const Slice& slice, std::size_t) {
+    const auto copy = [&](void* to, const void* from, std::int64_t bytes) {
+      std::memcpy(to, from, std::size_t(slice.count * bytes));
+    };
+    copy(slice.param, slice.last_param, param_bytes(type));
+    for (std::size_t k = 0; k < rule.state.size(); ++k)
+      copy(slice.state[k], slice.grad_state[k], arithmetic_bytes(type));
     set.cpu[type].update(slice, steps.now, nullptr);
   });
   batch.finish();
@@ -270,7 +279,10 @@ void differentiate(const Rule& rule, SumKernel StepKernels::* kernel, at::Tensor
     batch.add(item, steps);
   }
   std::vector<double> partial(batch.size() * hypers, 0.0);
-  batch.run([&](ScalarType type, const Steps& steps, const Slice& slice, std::size_t chunk) {
+  batch.run([&](ScalarType type, const Steps& steps, Slice slice, std::size_t chunk) {
+    thread_local std::vector<double> unwanted(kChunk);
+    for (void*& grad : slice.grad_input)
+      if (grad == nullptr) grad = unwanted.data();
     (rule.cpu[type].*kernel)(slice, steps.now, partial.data() + chunk * hypers);
   });
   batch.finish();

@@ -2,6 +2,7 @@
 // without any of torch's headers (setup.py writes it).
 #pragma once
 
+#include "../contract.h"
 #include "kernels.h"
 
 namespace hyperopt_ext {
@@ -37,7 +38,6 @@ void level(const double* hyper, double step, int n, int begin, int end, double* 
 
 template <class R, std::size_t... I>
 Rule make_rule(std::index_sequence<I...>) {
-  static_assert(R::hypers.size() <= kMaxHypers && R::state.size() <= kMaxStates, "too many hyperparameters or states");
   return {R::name,
           {R::hypers.begin(), R::hypers.end()},
           {R::state.begin(), R::state.end()},
@@ -49,8 +49,16 @@ Rule make_rule(std::index_sequence<I...>) {
 }
 
 template <class R>
+Rule checked_rule() {
+  if constexpr (keeps_contract<R>())
+    return make_rule<R>(std::make_index_sequence<kSets<R>>{});
+  else
+    return {};
+}
+
+template <class R>
 struct Registration {
-  Rule rule = make_rule<R>(std::make_index_sequence<kSets<R>>{});
+  Rule rule = checked_rule<R>();
   Registration() { rules().push_back(&rule); }
 };
 

@@ -2,9 +2,11 @@
 // code for an element.
 //
 // A block reads what the host does not know, step counts, ticks and hyperparameters, through pointers: its first thread
-// prepares the step, then each thread takes kVector elements at a time.
+// prepares the step, then each thread takes kVector elements at a time. What a chunk is they find out separately: kept from
+// one to the other, it would be spilled.
 #pragma once
 
+#include "../tower_step.h"
 #include "launch.h"
 
 namespace hyperopt_ext {
@@ -76,20 +78,23 @@ struct Update {
 
   template <class Team>
   HX_FN static void block(const Launch& launch, int block, Shared& shared, const Team& team) {
-    const Chunk chunk(launch, block, int(R::hypers.size()));
-    if (!chunk.ok) return;
-    const bool pending = (Keep & kDeferred) != 0 && chunk.pending;
+    constexpr bool deferred = (Keep & kDeferred) != 0;
     team.each([&](int thread) {
       if (thread != 0) return;
+      const Chunk chunk(launch, block, int(R::hypers.size()));
+      if (!chunk.ok) return;
       shared.now.set(chunk.used, double(chunk.step + 1));
-      if (pending) shared.last.set(chunk.previous, double(chunk.step));
+      if (deferred && chunk.pending) shared.last.set(chunk.previous, double(chunk.step));
     });
     team.each([&](int thread) {
+      const Chunk chunk(launch, block, int(R::hypers.size()));
+      if (!chunk.ok) return;
+      const bool pending = deferred && chunk.pending;
       const auto p = shared.now.get();
       const auto last = pending ? shared.last.get() : p;
       chunk.each_run(thread, kThreads, [&](std::int64_t i, int n, bool whole) {
         Tile<R, A> tile;
-        const auto x = tile.elements(launch.scale);
+        const auto x = tile.elements(chunk.scale);
         tile.template load<kOfW | kOfG | kOfS>(chunk.entry, i, n, whole);
         if (pending) tile.template load<parts_of(Keep & kGrad)>(chunk.entry, i, n, whole);
         HX_UNROLL
@@ -118,26 +123,27 @@ struct Norms {
 
   template <class Team>
   HX_FN static void block(const Launch& launch, int block, Shared& shared, const Team& team) {
-    const Chunk chunk(launch, block, int(R::hypers.size()));
-    const bool pending = Deferred && chunk.pending;
     team.each([&](int thread) {
       if (thread != 0) return;
+      const Chunk chunk(launch, block, int(R::hypers.size()));
       launch.chunk_rows[launch.first_chunk + block] = chunk.entry.row();
       // The values in use, but an lr of 1: one so large that the update would overflow can be lowered, too.
       constexpr int hypers = int(R::hypers.size()), lr = index_of<R>("lr");
       for (int i = 0; i < hypers; ++i) shared.unit[i] = i == lr ? 1.0 : chunk.used[i];
       if (!chunk.ok) return;
       shared.now.set(shared.unit, double(chunk.step + 1));
-      if (pending) shared.last.set(chunk.previous, double(chunk.step));
+      if (Deferred && chunk.pending) shared.last.set(chunk.previous, double(chunk.step));
     });
     team.each([&](int thread) {
+      const Chunk chunk(launch, block, int(R::hypers.size()));
+      const bool pending = Deferred && chunk.pending;
       A changes = A(0), params = A(0);
       if (chunk.ok) {
         const auto p = shared.now.get();
         const auto last = pending ? shared.last.get() : p;
         chunk.each_run(thread, kThreads, [&](std::int64_t i, int n, bool whole) {
           Tile<R, A> tile;
-          const auto x = tile.elements(launch.scale);
+          const auto x = tile.elements(chunk.scale);
           tile.template load<kOfW | kOfG | kOfS>(chunk.entry, i, n, whole);
           if (pending) tile.template load<kOfLastG>(chunk.entry, i, n, whole);
           HX_UNROLL
@@ -168,17 +174,19 @@ struct TracedUpdate {
 
   template <class Team>
   HX_FN static void block(const Launch& launch, int block, Shared& shared, const Team& team) {
-    const Chunk chunk(launch, block, int(R::hypers.size()));
-    if (!chunk.ok) return;
     team.each([&](int thread) {
-      if (thread == 0) shared.now.set(chunk.used, double(chunk.step + 1));
+      if (thread != 0) return;
+      const Chunk chunk(launch, block, int(R::hypers.size()));
+      if (chunk.ok) shared.now.set(chunk.used, double(chunk.step + 1));
     });
     team.each([&](int thread) {
+      const Chunk chunk(launch, block, int(R::hypers.size()));
+      if (!chunk.ok) return;
       const auto p = shared.now.get();
       const A keep = keep_of<A>(launch, chunk.step);
       chunk.each_run(thread, kThreads, [&](std::int64_t i, int n, bool whole) {
         Tile<R, A> tile;
-        const auto x = tile.elements(launch.scale);
+        const auto x = tile.elements(chunk.scale);
         tile.template load<kOfW | kOfG | kOfS>(chunk.entry, i, n, whole);
         A tangents[count(S)][kVector];
         HX_UNROLL
@@ -210,16 +218,18 @@ struct Settle {
 
   template <class Team>
   HX_FN static void block(const Launch& launch, int block, Shared& shared, const Team& team) {
-    const Chunk chunk(launch, block, int(R::hypers.size()));
-    if (!chunk.ok || !chunk.pending) return;
     team.each([&](int thread) {
-      if (thread == 0) shared.last.set(chunk.previous, double(chunk.step));
+      if (thread != 0) return;
+      const Chunk chunk(launch, block, int(R::hypers.size()));
+      if (chunk.ok && chunk.pending) shared.last.set(chunk.previous, double(chunk.step));
     });
     team.each([&](int thread) {
+      const Chunk chunk(launch, block, int(R::hypers.size()));
+      if (!chunk.ok || !chunk.pending) return;
       const auto last = shared.last.get();
       chunk.each_run(thread, kThreads, [&](std::int64_t i, int n, bool whole) {
         Tile<R, A> tile;
-        const auto x = tile.elements(launch.scale);
+        const auto x = tile.elements(chunk.scale);
         tile.template load<kOfS | kOfLastG>(chunk.entry, i, n, whole);
         HX_UNROLL
         for (int j = 0; j < kVector; ++j) x.set_state(j, advance<R>(last, x.last_grad(j), x.state(j)));
@@ -250,20 +260,20 @@ struct Hypergradient {
 
   template <class Team>
   HX_FN static void block(const Launch& launch, int block, Shared& shared, const Team& team) {
-    const Chunk chunk(launch, block, int(R::hypers.size()));
-    const bool recorded = Given || chunk.recorded;
     team.each([&](int thread) {
       if (thread != 0) return;
+      const Chunk chunk(launch, block, int(R::hypers.size()));
       launch.chunk_rows[launch.first_chunk + block] = chunk.entry.row();
-      if (recorded) shared.now.set(chunk.used, double(chunk.step));
+      if (Given || chunk.recorded) shared.now.set(chunk.used, double(chunk.step));
     });
     team.each([&](int thread) {
+      const Chunk chunk(launch, block, int(R::hypers.size()));
       A products[kLearned] = {}, squares[kLearned] = {}, square = A(0);
-      if (recorded) {
+      if (Given || chunk.recorded) {
         const auto p = shared.now.get();
         chunk.each_run(thread, kThreads, [&](std::int64_t i, int n, bool whole) {
           Tile<R, A, Given> tile;
-          const auto x = tile.elements(launch.scale);
+          const auto x = tile.elements(chunk.scale);
           tile.template load<kParts>(chunk.entry, i, n, whole);
           HX_UNROLL
           for (int j = 0; j < kVector; ++j) {
@@ -283,7 +293,7 @@ struct Hypergradient {
           Tile<R, A> tile;
           tile.template load<kOfG>(chunk.entry, i, n, whole);
           HX_UNROLL
-          for (int j = 0; j < kVector; ++j) square += (A(launch.scale) * tile.g[j]) * (A(launch.scale) * tile.g[j]);
+          for (int j = 0; j < kVector; ++j) square += (A(chunk.scale) * tile.g[j]) * (A(chunk.scale) * tile.g[j]);
         });
       }
       HX_UNROLL
@@ -311,13 +321,14 @@ struct Vjp {
 
   template <class Team>
   HX_FN static void block(const Launch& launch, int block, Shared& shared, const Team& team) {
-    const Chunk chunk(launch, block, int(R::hypers.size()));
     team.each([&](int thread) {
       if (thread != 0) return;
+      const Chunk chunk(launch, block, int(R::hypers.size()));
       launch.chunk_rows[launch.first_chunk + block] = chunk.entry.row();
       shared.now.set(chunk.used, double(chunk.step));
     });
     team.each([&](int thread) {
+      const Chunk chunk(launch, block, int(R::hypers.size()));
       const auto p = shared.now.get();
       A sums[kColumns] = {};
       chunk.each_run(thread, kThreads, [&](std::int64_t i, int n, bool whole) {
@@ -337,8 +348,10 @@ struct Vjp {
               [&](int k, A value) { sums[k] += value; });
         }
         HX_UNROLL
-        for (int k = 0; k < 2 + kStates; ++k)
-          write<A>(below[k], chunk.entry.template pointer<void>(kGradInput + k), i, n, whole);
+        for (int k = 0; k < 2 + kStates; ++k) {
+          void* const wanted = chunk.entry.template pointer<void>(kGradInput + k);
+          if (wanted != nullptr) write<A>(below[k], wanted, i, n, whole);
+        }
       });
       HX_UNROLL
       for (int k = 0; k < kColumns; ++k) shared.values[k * kThreads + thread] = double(sums[k]);

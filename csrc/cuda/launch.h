@@ -45,8 +45,9 @@ struct DeviceTeam {
   }
 };
 
+// At least one block at a time: without that word, ptxas spills a register here and there to fit more of them.
 template <class K, class Arguments>
-__global__ void __launch_bounds__(K::kThreads) kernel(const __grid_constant__ Arguments arguments) {
+__global__ void __launch_bounds__(K::kThreads, 1) kernel(const __grid_constant__ Arguments arguments) {
   __shared__ typename K::Shared shared;
   K::block(arguments, int(blockIdx.x), shared, DeviceTeam{});
 }
@@ -92,15 +93,16 @@ constexpr std::uint64_t kAligned = 8;  // every run of kVector elements from its
 // The pointers, which are those of a Slice: the states follow kStates, then what only some kernels read, traces or grad_state
 // and grad_input.
 struct Pointer {
-  enum : int { kParam, kGrad, kLastGrad, kLastParam, kStates };
+  static constexpr int kParam = 0, kGrad = 1, kLastGrad = 2, kLastParam = 3, kStates = 4;
 };
 
 // The arguments of a kernel of the passes: a list of tensors, which are cut into chunks, a block each.
 struct Launch {
-  static constexpr int kWords = 488;
+  static constexpr int kWords = 487;
   const double* tower;  // [rows, width], see tower.h
   std::int64_t width;
   double horizon, horizon_growth, scale;
+  const float* grad_scale;   // what gradients are divided by after they were multiplied by scale; null: 1
   double* partial;           // [columns, chunks]: sums over each chunk
   std::int32_t* chunk_rows;  // [chunks]: the row of the tower of each
   std::int64_t chunks;       // of the whole pass
@@ -151,6 +153,7 @@ struct Chunk {
   std::int64_t begin, count;
   const double *header, *used, *previous;
   std::int64_t step;
+  double scale;   // what gradients are multiplied by
   bool ok;        // level 0 moves in this step
   bool recorded;  // its last update was made at the tower's present tick
   bool pending;   // or at the one before
@@ -163,6 +166,7 @@ struct Chunk {
     used = header + kHeader;
     previous = used + hypers;
     step = entry.step();
+    scale = launch.grad_scale == nullptr ? launch.scale : launch.scale / double(*launch.grad_scale);
     const double tick = double(entry.tick()), ticks = header[kTicks];
     ok = header[kOk] != 0.0;
     recorded = step > 0 && tick == ticks;
@@ -308,9 +312,6 @@ struct DeviceRule {
   // Moves coordinates by this rule, for towers that are not compiled with it.
   void (*level)(const TowerLaunch&, void* stream);
 };
-
-// The rules that have kernels.
-std::vector<const DeviceRule*>& device_rules();
 
 // The kernels that no rule changes, [2]: fp32 and fp64.
 struct VectorLaunches {

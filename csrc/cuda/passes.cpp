@@ -1,5 +1,6 @@
 #include "passes.h"
 
+#include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
@@ -20,11 +21,6 @@
 
 namespace hyperopt_ext {
 namespace cuda {
-
-std::vector<const DeviceRule*>& device_rules() {
-  static std::vector<const DeviceRule*> all;
-  return all;
-}
 
 namespace {
 
@@ -95,6 +91,7 @@ class Batch {
       : Batch(rule, pass.tower, pass.params.size(), is_traced(pass) ? kTraces : kNone) {
     common_.horizon = pass.horizon, common_.horizon_growth = pass.horizon_growth;
     common_.scale = pass.scale, common_.learn = pass.learn;
+    common_.grad_scale = pass.grad_scale ? pass.grad_scale->const_data_ptr<float>() : nullptr;
     for (std::size_t i = 0; i < pass.params.size(); ++i)
       add(item_for(chunks_, rule, pass, i, written), pass.steps[i], pass.ticks[i]);
   }
@@ -276,12 +273,15 @@ struct Given {
   }
 };
 
-void update(const Rule& rule, const Inputs& inputs) {
+void update(const Rule& rule, const Inputs& inputs, at::TensorList outputs) {
   const DeviceRule& kernels = device_rule(rule);
   const Given given(rule, inputs, 0);
+  std::vector<at::Tensor> sources(inputs.params.begin(), inputs.params.end());
+  sources.insert(sources.end(), inputs.state.begin(), inputs.state.end());
+  at::_foreach_copy_(outputs, sources);  // the kernel works in place
   Batch batch(rule, given.tower, inputs.params.size(), kNone);
   for (std::size_t i = 0; i < inputs.params.size(); ++i)
-    batch.add(item_for(batch.chunks(), rule, inputs, i), given.step, given.tick);
+    batch.add(item_for(batch.chunks(), rule, inputs, outputs, i), given.step, given.tick);
   batch.run(0, [&](int arithmetic) { return kernels.arithmetic[arithmetic].sets[0].update; });
   batch.finish();
 }

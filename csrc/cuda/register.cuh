@@ -2,7 +2,7 @@
 // headers (setup.py writes it).
 #pragma once
 
-#include "../tower_step.h"
+#include "../contract.h"
 #include "kernels.h"
 
 namespace hyperopt_ext {
@@ -38,8 +38,16 @@ void move_level(const TowerLaunch& arguments, void* stream) {
 }
 
 template <class R>
+DeviceRule device_rule() {
+  if constexpr (keeps_contract<R>())
+    return {R::name, {rule_launches<R, float>(), rule_launches<R, double>()}, move_level<R>};
+  else
+    return {};
+}
+
+template <class R>
 struct DeviceRegistration {
-  DeviceRule rule{R::name, {rule_launches<R, float>(), rule_launches<R, double>()}, move_level<R>};
+  DeviceRule rule = device_rule<R>();
   DeviceRegistration() { device_rules().push_back(&rule); }
 };
 

@@ -1,5 +1,4 @@
 // The scalar tower on a GPU: one launch for all levels of all towers.
-#include "../tower_step.h"
 #include "kernels.h"
 
 // Each rule of the library, by its place among them.
@@ -16,7 +15,7 @@ struct BuiltIn;
 namespace hyperopt_ext {
 constexpr int kCounter = __COUNTER__;
 }
-#include "rules/all.h"
+#include "built_in_rules.h"
 namespace hyperopt_ext {
 constexpr int kBuiltInRules = __COUNTER__ - kCounter - 1;
 }

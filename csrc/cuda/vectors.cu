@@ -22,7 +22,7 @@ struct SquaredNorm {
         A g[kVector];
         read<A>(chunk.entry.type(), chunk.entry.pointer<const void>(Pointer::kGrad), i, n, whole, g);
         HX_UNROLL
-        for (int j = 0; j < kVector; ++j) square += (A(launch.scale) * g[j]) * (A(launch.scale) * g[j]);
+        for (int j = 0; j < kVector; ++j) square += (A(chunk.scale) * g[j]) * (A(chunk.scale) * g[j]);
       });
       shared.values[thread] = double(square);
     });
@@ -58,7 +58,7 @@ struct TraceProducts {
           read<A>(trace, i, n, whole, z);
           HX_UNROLL
           for (int j = 0; j < kVector; ++j) {
-            const A upstream = A(launch.scale) * g[j];
+            const A upstream = A(chunk.scale) * g[j];
             product += upstream * z[j];
             norm += z[j] * z[j];
             square += upstream * upstream;

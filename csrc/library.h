@@ -1,0 +1,35 @@
+// What every shared library of rules has once: its list of them, and the function that hands it out. The one unit that
+// includes this defines HX_HEADERS, the digest of the headers (hyperopt_ext/_build.py writes it).
+#pragma once
+
+#include "rule.h"
+
+namespace hyperopt_ext {
+
+std::vector<const Rule*>& rules() {
+  static std::vector<const Rule*> all;
+  return all;
+}
+
+std::vector<const cuda::DeviceRule*>& device_rules() {
+  static std::vector<const cuda::DeviceRule*> all;
+  return all;
+}
+
+const Library& library() {
+  static const Library own{HX_HEADERS,     sizeof(Rule),          rules().data(),
+                           rules().size(), device_rules().data(), device_rules().size()};
+  return own;
+}
+
+}  // namespace hyperopt_ext
+
+#if defined(__GNUC__)
+#define HX_EXPORT __attribute__((visibility("default")))
+#else
+#define HX_EXPORT __declspec(dllexport)
+#endif
+
+extern "C" HX_EXPORT const void* hyperopt_ext_library() {
+  return &hyperopt_ext::library();
+}

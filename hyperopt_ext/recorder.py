@@ -1,0 +1,222 @@
+"""What a tower learned, step by step: recorded without waiting, and shown as curves, scalars and one line."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hyperopt_ext.optimizer import HyperOptimizer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch.utils.tensorboard import SummaryWriter
+
+_CHUNK = 1024  # records that are allocated at once
+_IN_USE = " in use"
+
+
+class _Track:
+    """The columns of a group's tower that are recorded, in chunks on the tower's device."""
+
+    def __init__(self, opt: HyperOptimizer, group: int) -> None:
+        self.tower: Tensor = opt.param_groups[group]["tower"]
+        self.fields: list[tuple[str, int, str, bool]] = []  # kind, level, name, one for each tensor
+        columns = []
+        for kind, levels in (("learned", opt.hyperparameters(group)), ("used", opt.in_use(group)[:1])):
+            for k, (level, values) in enumerate(zip(opt.param_groups[group]["stack"], levels, strict=False)):
+                for name, view in values.items():
+                    self.fields.append((kind, k, name, level.granularity == "tensor"))
+                    columns.append(view.storage_offset())
+        self.columns = torch.tensor(columns, device=self.tower.device)
+        self.chunks: list[Tensor] = []
+        self.free: list[Tensor] = []
+
+    def record(self) -> None:
+        if not self.free:
+            shape = (_CHUNK, self.tower.size(0), self.columns.numel())
+            self.chunks.append(torch.empty(shape, dtype=self.tower.dtype, device=self.tower.device))
+            self.free = list(self.chunks[-1].unbind())[::-1]
+        torch.index_select(self.tower, 1, self.columns, out=self.free.pop())
+
+    def read(self, kind: str) -> list[dict[str, Tensor]]:
+        every = torch.cat(self.chunks) if self.chunks else self.tower.new_empty((0, 1, self.columns.numel()))
+        every = every[: len(every) - len(self.free)].cpu()
+        levels: list[dict[str, Tensor]] = [{} for _ in range(1 + max(k for _, k, _, _ in self.fields))]
+        for i, (of, k, name, own) in enumerate(self.fields):
+            if of == kind:
+                levels[k][name] = every[:, :, i] if own else every[:, 0, i]
+        return [level for level in levels if level]
+
+
+class Recorder:
+    """Keeps the hyperparameters of a :class:`HyperOptimizer` after each step.
+
+    ``recorder = hx.Recorder(opt)`` before the training is all: it is called after each ``opt.step()``, and copies, by
+    one small operator a param group, what it keeps to a buffer on the device of the parameters. Nothing waits for a
+    value until it is read. The buffer grows by 8 bytes a record for each hyperparameter of each level (and once more
+    for those of the first level; of a level for each tensor, times the tensors).
+
+    Args:
+        opt: the optimizer, with all of its param groups.
+        every: records the first step and every so many after it, > 0. Default: 1.
+
+    A compiled step cannot be recorded from inside: compile a function that does not hold ``opt.step()``, or pass
+    ``hook=False`` and call :meth:`record` after each step.
+
+    Raises:
+        TypeError: ``opt`` is no HyperOptimizer.
+        ValueError: ``every`` is less than 1.
+    """
+
+    def __init__(self, opt: HyperOptimizer, every: int = 1, *, hook: bool = True) -> None:
+        if not isinstance(opt, HyperOptimizer):
+            raise TypeError(f"Recorder: opt must be a HyperOptimizer, not {type(opt).__name__}")
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"Recorder: every must be a whole number of steps, at least 1, not {every!r}")
+        self.opt, self.every = opt, every
+        self._tracks = [_Track(opt, i) for i in range(len(opt.param_groups))]
+        self._calls = 0
+        self._written = 0
+        self._handle = opt.register_step_post_hook(lambda *_: self.record()) if hook else None
+
+    def record(self) -> None:
+        """Records the present values; what the optimizer calls after each step."""
+        if torch.compiler.is_compiling():
+            raise RuntimeError("Recorder: a compiled step cannot be recorded; use hook=False, call record() after it")
+        self._calls += 1
+        if (self._calls - 1) % self.every == 0:
+            for track in self._tracks:
+                track.record()
+
+    def close(self) -> None:
+        """Records no more. What was recorded stays."""
+        if self._handle is not None:
+            self._handle.remove()
+
+    def __len__(self) -> int:
+        """The number of records."""
+        return -(-self._calls // self.every)
+
+    @property
+    def steps(self) -> Tensor:
+        """The step of each record, from 1: int64 [records]."""
+        return torch.arange(len(self)) * self.every + 1
+
+    def hyperparameters(self, group: int = 0) -> list[dict[str, Tensor]]:
+        """What :meth:`HyperOptimizer.hyperparameters` gave after each step, on the CPU.
+
+        Float64 [records], or, of a level with ``granularity="tensor"``, [records, parameters].
+        """
+        return self._tracks[group].read("learned")
+
+    def in_use(self, group: int = 0) -> dict[str, Tensor]:
+        """The values of the first level that each step was made with, as :meth:`HyperOptimizer.in_use`."""
+        return self._tracks[group].read("used")[0]
+
+    def curves(self) -> dict[str, Tensor]:
+        """All that was learned, or changed otherwise, by name: float64 [records] or [records, parameters].
+
+        The names are ``"lr"`` of the first level, ``"1/SGD/lr"`` of the second, and so on, with ``"group 0/"`` in front
+        if there are several param groups; ``"lr in use"`` where that is another value than the learned one.
+        """
+        result = {}
+        for i in range(len(self._tracks)):
+            prefix = f"group {i}/" if len(self._tracks) > 1 else ""
+            stack = self.opt.param_groups[i]["stack"]
+            levels, used = self.hyperparameters(i), self.in_use(i)
+            for k, (level, values) in enumerate(zip(stack, levels, strict=True)):
+                place = prefix + (f"{k}/{level}/" if k > 0 else "")
+                for name, curve in values.items():
+                    learned = k + 1 < len(stack) and name in level.learn_names
+                    if learned or bool((curve != curve[:1]).any()):
+                        result[place + name] = curve
+                    if k == 0 and not torch.equal(curve, used[name]):
+                        result[place + name + _IN_USE] = used[name]
+        return result
+
+    def plot(self, path: str | None = None) -> Figure:
+        """All curves over the steps, as a ``matplotlib`` figure, saved if there is a ``path``.
+
+        One panel for each hyperparameter; the value in use, where it is another one, is the dashed line.
+
+        Where each tensor has values of its own: their median, and the range from the 10th to the 90th percentile.
+        """
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        panels: dict[str, dict[str, Tensor]] = {}
+        for name, curve in self.curves().items():
+            panels.setdefault(name.removesuffix(_IN_USE), {})[name] = curve
+        columns = min(3, max(1, len(panels)))
+        rows = max(1, -(-len(panels) // columns))
+        figure = Figure(figsize=(4.2 * columns, 2.8 * rows), layout="constrained")
+        FigureCanvasAgg(figure)
+        if not panels:
+            figure.text(0.5, 0.5, "nothing was learned or changed", ha="center", va="center")
+        x = self.steps.numpy()
+        for i, (title, curves) in enumerate(panels.items()):
+            axes = figure.add_subplot(rows, columns, i + 1)
+            for name, curve in curves.items():
+                middle, used = curve, name.endswith(_IN_USE)
+                if curve.dim() > 1:
+                    low, middle, high = curve.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=curve.dtype), dim=1)
+                    axes.fill_between(x, low.numpy(), high.numpy(), alpha=0.2, linewidth=0)
+                axes.plot(
+                    x, middle.numpy(), "--" if used else "-", linewidth=1.2, label="in use" if used else "learned"
+                )
+            points = torch.cat([curve.flatten() for curve in curves.values()])
+            least, most = points.aminmax() if len(points) else (0, 0)
+            if 0 < least < most / 10:
+                axes.set_yscale("log")
+            if len(curves) > 1:
+                axes.legend(fontsize=8)
+            axes.set_title(title, fontsize=10, loc="right")
+            axes.set_xlabel("step", fontsize=9)
+            axes.tick_params(labelsize=8)
+            axes.grid(alpha=0.3)
+        if path is not None:
+            figure.savefig(path, dpi=120)
+        return figure
+
+    def write_scalars(self, writer: SummaryWriter, prefix: str = "hyperparameters/") -> None:
+        """Adds what was recorded since the last call to TensorBoard, under the names of :meth:`curves`.
+
+        Where each tensor has values of its own: ``.../median``, ``.../min`` and ``.../max``.
+
+        Args:
+            writer: a ``torch.utils.tensorboard.SummaryWriter``, or anything with its ``add_scalar``.
+            prefix: of each tag. Default: ``"hyperparameters/"``.
+        """
+        steps = self.steps.tolist()
+        for name, curve in self.curves().items():
+            tag = prefix + name
+            curves = {tag: curve}
+            if curve.dim() > 1:
+                of = {"median": curve.quantile(0.5, dim=1), "min": curve.amin(1), "max": curve.amax(1)}
+                curves = {f"{tag}/{kind}": values for kind, values in of.items()}
+            for key, values in curves.items():
+                for step, value in list(zip(steps, values.tolist(), strict=True))[self._written :]:
+                    writer.add_scalar(key, value, step)
+        self._written = len(self)
+
+
+def summary(opt: HyperOptimizer, group: int = 0) -> dict[str, str]:
+    """The learned hyperparameters in short, lowest level first, for ``bar.set_postfix(hx.summary(opt))``.
+
+    ``{"lr": "0.0031", "beta1": "0.91"}``; a second level's are ``"1/lr"``, and so on. Of a level with a value for each
+    tensor: the smallest and the largest. Reads all values at once, which waits for the device: not at every step.
+    """
+    stack = opt.param_groups[group]["stack"]
+    names, views = [], []
+    for k, (level, values) in enumerate(zip(stack.levels[:-1], opt.hyperparameters(group), strict=False)):
+        for name in level.learn_names:
+            names.append(name if k == 0 else f"{k}/{name}")
+            views.append(torch.stack(values[name].reshape(-1).aminmax()))
+    if not names:
+        return {}
+    return {
+        name: f"{low:.3g}" if low == high else f"{low:.3g}..{high:.3g}"
+        for name, (low, high) in zip(names, torch.stack(views).tolist(), strict=True)
+    }

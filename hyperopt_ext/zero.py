@@ -1,0 +1,90 @@
+"""ZeRO, stage 1: each process keeps the optimizer state of some of the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+import torch.distributed.optim
+from torch import Tensor
+
+from hyperopt_ext.optimizer import HyperOptimizer
+from hyperopt_ext.stack import Level, Stack
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class ZeroRedundancyOptimizer(torch.distributed.optim.ZeroRedundancyOptimizer):
+    """torch's ``ZeroRedundancyOptimizer`` (Rajbhandari et al., "ZeRO", SC 2020) around :class:`HyperOptimizer`.
+
+    Each process updates its share of the parameters and sends them to the others; hypergradients are summed over all
+    shares, so that all processes have the same towers. :meth:`consolidate_state_dict` and the state dict do not depend
+    on the number of processes.
+
+    Args:
+        params: as in torch: parameters or param groups, all of one dtype, the same on all processes.
+        stack: as in :class:`HyperOptimizer`, as are ``maximize`` and ``nonfinite``; with ``granularity="group"``.
+        process_group: the processes that share the state. Default: all.
+        parameters_as_bucket_view: as in torch. Default: False.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        stack: Level | Stack,
+        *,
+        process_group: ProcessGroup | None = None,
+        parameters_as_bucket_view: bool = False,
+        maximize: bool = False,
+        nonfinite: str | None = None,
+    ) -> None:
+        group = dist.group.WORLD if process_group is None else process_group
+        super().__init__(
+            params,
+            partial(HyperOptimizer, shard_group=group),  # type: ignore[arg-type]
+            process_group=group,
+            parameters_as_bucket_view=parameters_as_bucket_view,
+            stack=Stack.coerce(stack),
+            maximize=maximize,
+            nonfinite=nonfinite,
+        )
+
+    def hyperparameters(self, group: int = 0) -> list[dict[str, Tensor]]:
+        """As in :class:`HyperOptimizer`; the same on all processes."""
+        hyperparameters: list[dict[str, Tensor]] = self.optim.hyperparameters(group)
+        return hyperparameters
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of a :class:`HyperOptimizer` of all parameters, where :meth:`consolidate_state_dict` has brought it."""
+        state_dict: dict[str, Any] = super().state_dict()
+        for group in state_dict["param_groups"]:
+            group["stack"] = group["stack"].structure()
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes this process's share of a consolidated state dict, or of that of a :class:`HyperOptimizer`.
+
+        Raises:
+            ValueError: the state dict is of another stack, or of parameters of other shapes. Nothing is changed then.
+        """
+        groups, saved = self.param_groups, state_dict.get("param_groups", [])
+        if [len(group["params"]) for group in saved] != [len(group["params"]) for group in groups]:
+            raise ValueError(
+                f"state_dict has param groups of {[len(group['params']) for group in saved]} parameters, but this "
+                f"optimizer has {[len(group['params']) for group in groups]}"
+            )
+        key_of = {
+            p: key
+            for ours, theirs in zip(groups, saved, strict=True)
+            for p, key in zip(ours["params"], theirs["params"], strict=True)
+        }
+        own = [
+            {**theirs, "params": [key_of[p] for p in mine["params"]]}
+            for mine, theirs in zip(self.optim.param_groups, saved, strict=True)
+        ]
+        state = {key: state_dict["state"][key] for g in own for key in g["params"] if key in state_dict["state"]}
+        self.optim.load_state_dict({"state": state, "param_groups": own})
+        self._sync_param_groups(self.optim.param_groups, groups)  # type: ignore[attr-defined]

@@ -1,0 +1,299 @@
+"""Optimizers that the library does not know, as the first level of a tower."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import pytorch_optimizer
+import torch
+from problems import Regression, relative_error
+
+import hyperopt_ext as hx
+
+# Optimizers that this library has, too: the tower must be the same.
+TWINS = {
+    "sgd": (hx.Wrap(torch.optim.SGD, lr=0.02, momentum=0.9), hx.SGD(lr=0.02, momentum=0.9, learn="lr")),
+    "adam": (hx.Wrap(torch.optim.Adam, lr=0.02), hx.Adam(lr=0.02, learn="lr")),
+    "adamw": (hx.Wrap(torch.optim.AdamW, lr=0.02), hx.AdamW(lr=0.02, learn="lr")),
+    "adamw's decay": (
+        hx.Wrap(torch.optim.AdamW, lr=0.02, weight_decay=0.1, learn=("lr", "weight_decay")),
+        hx.AdamW(lr=0.02, weight_decay=0.1, learn=("lr", "weight_decay")),
+    ),
+    "decay alone": (
+        hx.Wrap(torch.optim.AdamW, lr=0.02, weight_decay=0.1, learn="weight_decay"),
+        hx.AdamW(lr=0.02, weight_decay=0.1, learn="weight_decay"),
+    ),
+    "lion": (
+        hx.Wrap(pytorch_optimizer.Lion, lr=1e-3, weight_decay=0.1),
+        hx.Lion(lr=1e-3, weight_decay=0.1),
+    ),
+}
+HOW = {
+    "plain": {},
+    "log": {"space": {"lr": "log"}},
+    "horizon": {"horizon": 5},
+    "growing horizon": {"horizon": (3, 0.25), "normalize": True, "growth": 1.01},
+    "bounds": {"bounds": {"lr": (1e-4, 0.0201)}, "clip": 0.1, "burn_in": 3, "converge": (0.01, 20)},
+}
+
+# Optimizers that it does not have.
+FOREIGN = {
+    "Muon": lambda **kw: hx.Wrap(torch.optim.Muon, lr=0.02, **kw),
+    "Adafactor": lambda **kw: hx.Wrap(torch.optim.Adafactor, lr=0.02, **kw),
+    "AdamP": lambda **kw: hx.Wrap(pytorch_optimizer.AdamP, lr=0.02, weight_decay=0.01, **kw),
+}
+every_foreign = pytest.mark.parametrize("make", FOREIGN.values(), ids=FOREIGN)
+
+
+def matrices(problem):
+    """Muon takes nothing else."""
+    return [p for p in problem.model.parameters() if p.dim() == 2]
+
+
+@pytest.mark.parametrize("how", HOW.values(), ids=HOW)
+@pytest.mark.parametrize(("wrapped", "own"), TWINS.values(), ids=TWINS)
+def test_equals_the_tower_of_a_level_that_the_library_has(wrapped, own, how):
+    if "lr" not in own.learn_names:
+        how = {name: value for name, value in how.items() if name not in ("space", "bounds", "growth")}
+    problems = Regression(25), Regression(25)
+    optimizers = [
+        hx.HyperOptimizer(
+            problem.model.parameters(), level.replace(**how) / hx.Adam(lr=1e-3, learn="lr") / hx.SGD(1e-6)
+        )
+        for problem, level in zip(problems, (wrapped, own), strict=True)
+    ]
+    for i in range(25):
+        for problem, opt in zip(problems, optimizers, strict=True):
+            if i in (9, 10):  # a parameter that sits out
+                opt.zero_grad()
+                problem.loss(i).backward()
+                problem.model[0].bias.grad = None
+                opt.step()
+            else:
+                problem.train(opt, range(i, i + 1))
+        for p, q in zip(*(problem.model.parameters() for problem in problems), strict=True):
+            assert relative_error(p.detach(), q.detach()) <= 1e-8
+        for a, b in zip(*(opt.hyperparameters() for opt in optimizers), strict=True):
+            for name in set(a) & set(b):
+                assert a[name].item() == pytest.approx(b[name].item(), rel=1e-7, abs=1e-300), name
+    assert optimizers[0].hyperparameters()[0] != optimizers[0].stack[0].values()
+
+
+@every_foreign
+def test_the_hypergradient_is_that_of_the_update_it_made(make):
+    """The same optimizer by hand: lr follows the product of the gradient and the last update over lr."""
+    problem, by_hand = Regression(30, torch.float32), Regression(30, torch.float32)
+    opt = hx.HyperOptimizer(matrices(problem), make() / hx.SGD(lr=1e-4))
+    level = opt.stack[0]
+    lr = level.lr
+    plain = level.optimizer(matrices(by_hand), **{**level.own, "lr": lr})
+    direction = [torch.zeros_like(p) for p in matrices(by_hand)]
+    for i in range(30):
+        problem.train(opt, range(i, i + 1))
+        by_hand.model.zero_grad()
+        by_hand.loss(i).backward()
+        lr -= 1e-4 * sum((p.grad * d).sum().item() for p, d in zip(matrices(by_hand), direction, strict=True))
+        plain.param_groups[0]["lr"] = lr
+        before = [p.detach().clone() for p in matrices(by_hand)]
+        plain.step()
+        direction = [(p.detach() - b) / lr for p, b in zip(matrices(by_hand), before, strict=True)]
+        assert opt.hyperparameters()[0]["lr"].item() == pytest.approx(lr, rel=1e-5)
+        for p, q in zip(matrices(problem), matrices(by_hand), strict=True):
+            assert relative_error(p.detach(), q.detach()) <= 1e-4
+    assert abs(lr / level.lr - 1) > 1e-4
+
+
+@every_foreign
+def test_an_lr_that_is_too_small_grows(make):
+    problem = Regression(60, torch.float32)
+    stack = make(space={"lr": "log"}, normalize=True, horizon=10).replace(lr=1e-4) / hx.SGD(lr=0.1)
+    opt = hx.HyperOptimizer(matrices(problem), stack)
+    first = problem.loss(0).item()
+    problem.train(opt, range(60))
+    assert opt.hyperparameters()[0]["lr"] > 5e-4
+    assert problem.loss(0) < first
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_dtypes(dtype):
+    """Of half precision, the traces are fp32; the update is the one that was made, after rounding."""
+    p = torch.nn.Parameter(torch.linspace(-1, 1, 64, dtype=dtype).reshape(8, 8))
+    opt = hx.HyperOptimizer([p], hx.Wrap(torch.optim.SGD, lr=0.1) / hx.SGD(lr=0.0))
+    before = p.detach().clone()
+    p.grad = p.detach().clone()
+    opt.step()
+    trace = opt.state[p]["trace_lr"]
+    assert trace.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    made = (p.detach().double() - before.double()) / 0.1
+    torch.testing.assert_close(trace.double(), made, rtol=0, atol=1e-5)
+
+
+# The optimizers of pytorch-optimizer lose attributes of their own in a copy.
+@pytest.mark.parametrize(
+    ("make", "way"),
+    [(make, way) for make in FOREIGN.values() for way in ("memory", "file")]
+    + [(FOREIGN[name], way) for name in ("Muon", "Adafactor") for way in ("pickle", "deepcopy")],
+)
+def test_it_resumes_bit_for_bit(make, way):
+    problem = Regression(20, torch.float32)
+    stack = make() / hx.Adam(lr=1e-4, learn="lr") / hx.SGD(lr=1e-6)
+    opt = hx.HyperOptimizer(matrices(problem), stack)
+    problem.train(opt, range(10))
+    if way == "deepcopy":
+        other, resumed = copy.deepcopy((problem, opt))
+    elif way == "pickle":
+        other, resumed = pickle.loads(pickle.dumps((problem, opt)))
+    else:
+        other = Regression(20, torch.float32)
+        other.model.load_state_dict(problem.model.state_dict())
+        resumed = hx.HyperOptimizer(matrices(other), stack)
+        state_dict = opt.state_dict()
+        if way == "file":
+            file = io.BytesIO()
+            torch.save(state_dict, file)
+            file.seek(0)
+            state_dict = torch.load(file, weights_only=True)
+        resumed.load_state_dict(state_dict)
+    problem.train(opt, range(10, 20))
+    other.train(resumed, range(10, 20))
+    assert all(torch.equal(p, q) for p, q in zip(problem.model.parameters(), other.model.parameters(), strict=True))
+    assert opt.hyperparameters() == resumed.hyperparameters()
+
+
+def test_beside_levels_of_the_library_and_under_a_scheduler():
+    """What Muon is made for: matrices with it, all else with AdamW."""
+    problem = Regression(20, torch.float32)
+    others = [p for p in problem.model.parameters() if p.dim() != 2]
+    groups = [
+        {"params": matrices(problem), "lr": 0.01, "momentum": 0.9},
+        {"params": others, "stack": hx.AdamW(lr=1e-2, learn="lr") / hx.SGD(lr=1e-5)},
+    ]
+    opt = hx.HyperOptimizer(groups, hx.Wrap(torch.optim.Muon) / hx.SGD(lr=1e-5))
+    assert opt.param_groups[0]["optimizer"].param_groups[0]["momentum"] == 0.9
+    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: 0.5)
+    for i in range(20):
+        problem.train(opt, range(i, i + 1))
+        scheduler.step()
+    for i, first in enumerate((0.01, 1e-2)):
+        learned = opt.hyperparameters(i)[0]["lr"]
+        assert learned != first
+        assert opt.in_use(i)[0]["lr"] == 0.5 * learned
+    assert opt.param_groups[0]["optimizer"].param_groups[0]["lr"] == 0.5 * opt.hyperparameters(0)[0]["lr"]
+
+
+@pytest.mark.parametrize("policy", ["hold", "skip"])
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, pytorch_optimizer.Lamb, torch.optim.RMSprop])
+def test_a_non_finite_gradient_is_skipped(optimizer, policy):
+    problem, clean = Regression(10), Regression(10)
+    stack = hx.Wrap(optimizer, lr=0.01) / hx.SGD(lr=1e-4)
+    opt, expected = (hx.HyperOptimizer(p.model.parameters(), stack, nonfinite=policy) for p in (problem, clean))
+    for i in range(10):
+        if i == 5:
+            opt.zero_grad()
+            (problem.loss(i) * float("nan")).backward()
+            opt.step()
+            assert opt.skipped_steps() == 1
+        problem.train(opt, range(i, i + 1))
+        clean.train(expected, range(i, i + 1))
+    assert all(torch.equal(p, q) for p, q in zip(problem.model.parameters(), clean.model.parameters(), strict=True))
+    assert opt.hyperparameters() == expected.hyperparameters()
+
+
+def test_a_frozen_parameter_does_not_move():
+    problem = Regression(4)
+    opt = hx.HyperOptimizer(problem.model.parameters(), hx.Wrap(torch.optim.AdamW) / hx.SGD(lr=1e-4))
+    problem.train(opt, range(2))
+    problem.loss(2).backward()
+    frozen = problem.model[0].weight.requires_grad_(False)
+    before = frozen.detach().clone()
+    opt.step()
+    assert torch.equal(frozen, before)
+    assert len(opt.param_groups[0]["optimizer"].param_groups[0]["params"]) == 4
+
+
+def test_without_a_level_above_it_is_the_optimizer_itself():
+    ours, theirs = Regression(10), Regression(10)
+    ours.train(hx.HyperOptimizer(ours.model.parameters(), hx.Wrap(torch.optim.Adam, lr=0.02, eps=1e-6)), range(10))
+    theirs.train(torch.optim.Adam(theirs.model.parameters(), lr=0.02, eps=1e-6), range(10))
+    for p, q in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
+def test_maximize_is_left_to_the_optimizer():
+    p, q = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    stack = hx.Wrap(torch.optim.SGD, lr=0.1) / hx.SGD(lr=0.01)
+    up, down = hx.HyperOptimizer([p], stack, maximize=True), hx.HyperOptimizer([q], stack)
+    for _ in range(3):
+        p.grad, q.grad = -q.detach(), q.detach().clone()
+        up.step()
+        down.step()
+    assert torch.equal(p, q)
+    assert up.hyperparameters() == down.hyperparameters()
+    with pytest.raises(ValueError, match="Muon has no maximize"):
+        hx.HyperOptimizer([torch.nn.Parameter(torch.ones(2, 2))], hx.Wrap(torch.optim.Muon), maximize=True)
+
+
+def test_grad_scaler():
+    problem, plain = Regression(6, torch.float32), Regression(6, torch.float32)
+    stack = hx.Wrap(torch.optim.AdamW, lr=0.01) / hx.SGD(lr=1e-4)
+    opt, expected = (hx.HyperOptimizer(p.model.parameters(), stack) for p in (problem, plain))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for i in range(6):
+        opt.zero_grad()
+        scaler.scale(problem.loss(i) * (float("inf") if i == 3 else 1.0)).backward()
+        scaler.step(opt)
+        scaler.update()
+        if i != 3:
+            plain.train(expected, range(i, i + 1))
+    assert all(torch.equal(p, q) for p, q in zip(problem.model.parameters(), plain.model.parameters(), strict=True))
+    assert opt.hyperparameters() == expected.hyperparameters()
+
+
+WRONG = [
+    (lambda: hx.Wrap("muon"), TypeError, "optimizer must be a class such as torch.optim.Muon"),
+    (lambda: hx.Wrap(torch.optim.SGD([torch.ones(1)])), TypeError, "such as torch.optim.Muon, not a SGD"),
+    (lambda: hx.Wrap(torch.optim.Muon, 0.02), TypeError, "given by name, as lr=0.02"),
+    (lambda: hx.Wrap(hx.Adam), TypeError, "Adam is a level already"),
+    (lambda: hx.Wrap(torch.optim.Muon, momentun=0.9), TypeError, "Muon has no argument 'momentun'"),
+    (lambda: hx.Wrap(torch.optim.LBFGS, learn="beta1"), ValueError, "learn names 'beta1'"),
+    (lambda: hx.Wrap(torch.optim.LBFGS, learn="weight_decay"), ValueError, "LBFGS has no weight_decay to learn"),
+    (lambda: hx.Wrap(torch.optim.Muon, lr=-1.0), ValueError, "lr must be in"),
+    (lambda: hx.Wrap(torch.optim.Muon, trust=0.1), ValueError, "trust measures an update before it is made"),
+    (lambda: hx.Wrap(torch.optim.Muon, granularity="tensor"), ValueError, "granularity must be 'group'"),
+    (lambda: hx.SGD() / hx.Wrap(torch.optim.SGD), ValueError, "can only be the first level"),
+    (lambda: hx.Wrap(lambda params: None), TypeError, "has no argument lr"),
+    (lambda: hx.Wrap(lambda params, lr: None), TypeError, "has no default; give one"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "error", "message"), WRONG, ids=[message for _, _, message in WRONG])
+def test_what_is_wrong_is_said(wrong, error, message):
+    with pytest.raises(error, match=message):
+        wrong()
+
+
+def test_what_the_optimizer_does_not_take_leaves_no_group_behind():
+    problem = Regression(1)
+    opt = hx.HyperOptimizer(matrices(problem), hx.Wrap(torch.optim.Muon) / hx.SGD())
+    with pytest.raises(ValueError, match="Muon only supports 2D"):
+        opt.add_param_group({"params": [problem.model[0].bias]})
+    assert len(opt.param_groups) == 1
+
+
+def test_a_state_dict_of_another_optimizer_is_refused():
+    problem = Regression(3)
+    opt = hx.HyperOptimizer(matrices(problem), hx.Wrap(torch.optim.Muon) / hx.SGD())
+    other = hx.HyperOptimizer(matrices(problem), hx.Wrap(torch.optim.Adafactor) / hx.SGD())
+    with pytest.raises(ValueError, match=r"is of the stack 'Wrap\[Adafactor\].*this optimizer's is 'Wrap\[Muon\]"):
+        opt.load_state_dict(other.state_dict())
+
+
+def test_printing():
+    level = hx.Wrap(torch.optim.Muon, lr=0.02, momentum=0.9, normalize=True)
+    assert repr(level) == "Wrap(Muon, lr=0.02, momentum=0.9, normalize=True)"
+    assert str(level / hx.SGD()) == "Muon/SGD"
+    assert level == copy.deepcopy(level)
+    assert "Muon/SGD" in repr(hx.HyperOptimizer([torch.nn.Parameter(torch.ones(2, 2))], level / hx.SGD()))

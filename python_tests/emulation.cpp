@@ -1,0 +1,21 @@
+// The CUDA kernels of the library as loops on the host (csrc/cuda/launch.h), behind operators of their own for CPU tensors:
+// torch.ops.hyperopt_ext_emulated has all that torch.ops.hyperopt_ext has.
+#include "library.h"
+#include "ops.h"
+
+using namespace hyperopt_ext;
+
+extern "C" {
+
+// Defines the operators, for the rules of another library.
+HX_EXPORT void emulate(const Library* from) {
+  rules().assign(from->rules, from->rules + from->count);
+  define_tower_ops();
+  for (const Rule* rule : rules()) define_ops(*rule);
+}
+
+HX_EXPORT int emulated_built_in(const char* name) {
+  return built_in(name);
+}
+
+}  // extern "C"

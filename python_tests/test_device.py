@@ -1,0 +1,300 @@
+"""The CUDA kernels do what the CPU kernels do: on a GPU, and, on any machine, run on the host thread by thread."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from cases import CASES, safeguarded_stacks
+from emulation import emulated
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from problems import relative_error
+
+import hyperopt_ext as hx
+from hyperopt_ext.stack import RULES
+
+every_rule = pytest.mark.parametrize("case", CASES, ids=str)
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request) -> str:
+    """Where the kernels run that are compared with those of the CPU."""
+    return request.param
+
+
+def on(device: str, foreign: tuple[str, ...] = ()) -> contextlib.AbstractContextManager[object]:
+    return emulated(foreign) if device == "emulated" else torch.device(device)
+
+
+def place(t: torch.Tensor) -> torch.Tensor:
+    """Where tensors are made now, strides and offset kept."""
+    device = torch.get_default_device()
+    if device.type == "cpu":
+        return t
+    base = torch.empty(t.untyped_storage().nbytes() // t.element_size(), dtype=t.dtype)
+    base.copy_(torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()))
+    return base.as_strided(t.shape, t.stride(), t.storage_offset())
+
+
+def shaped(dtype: torch.dtype) -> list[torch.nn.Parameter]:
+    """Less than a vector, ragged ends, more than a chunk, none, a view that is not aligned, one with gaps."""
+    generator = torch.Generator().manual_seed(0)
+
+    def values(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
+
+    tensors = [values(), values(3), values(0), values(5, 7), values(8192), values(8195), values(20001)]
+    tensors += [values(1001)[1:], values(20, 30).T, values(12, 8)[:, :5], values(2, 3, 4, 5).permute(0, 3, 1, 2)]
+    return [torch.nn.Parameter(place(t)) for t in tensors]
+
+
+def train(
+    stack: hx.Stack | hx.Level,
+    params: list[torch.nn.Parameter] | list[dict],
+    steps: int = 5,
+    silent: dict[int, int] | None = None,
+    **options,
+) -> hx.HyperOptimizer:
+    """Steps on gradients that depend on the parameters; at step s, the parameter silent[s] has none."""
+    generator = torch.Generator().manual_seed(1)
+    opt = hx.HyperOptimizer(params, stack, **options)
+    flat = [p for group in opt.param_groups for p in group["params"]]
+    for step in range(steps):
+        for i, p in enumerate(flat):
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float64, device="cpu").to(p.device)
+            p.grad = (0.1 * p.detach().double() + noise).to(p.dtype)
+            if p.dim() == 1:
+                p.grad[:2] = 0  # elements that never saw a gradient
+            if (silent or {}).get(step) == i:
+                p.grad = None
+        opt.step()
+    return opt
+
+
+def error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return relative_error(got.detach().double().cpu(), expected.detach().double())
+
+
+def assert_same(expected: hx.HyperOptimizer, got: hx.HyperOptimizer, tolerance: float, hyper_tolerance: float) -> None:
+    for x, y in zip(expected.param_groups, got.param_groups, strict=True):
+        for p, q in zip(x["params"], y["params"], strict=True):
+            if not p.numel():
+                continue
+            assert error(q, p) <= tolerance
+            assert list(expected.state[p]) == list(got.state[q])
+            for name, value in expected.state[p].items():
+                assert error(got.state[q][name], value) <= 10 * tolerance, name
+    for i in range(len(expected.param_groups)):
+        for x, y in zip(expected.hyperparameters(i), got.hyperparameters(i), strict=True):
+            for name in x:
+                assert error(y[name], x[name]) <= hyper_tolerance, name
+        assert torch.equal(expected.skipped_steps(i), got.skipped_steps(i).cpu())
+        assert torch.equal(expected.held_steps(i), got.held_steps(i).cpu())
+
+
+def both(
+    device: str,
+    make: Callable[[], hx.HyperOptimizer],
+    tolerance: float,
+    hyper_tolerance: float = 1e-9,
+    foreign: tuple[str, ...] = (),
+) -> None:
+    expected = make()
+    with on(device, foreign):
+        got = make()
+    assert_same(expected, got, tolerance, hyper_tolerance)
+
+
+@every_rule
+@pytest.mark.parametrize("learn", ["none", "lr", "all"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_step_of_every_rule(device, case, learn, dtype):
+    names = {"none": (), "lr": "lr", "all": case.names}[learn]
+    level = case.level(learn=names)
+    both(
+        device,
+        lambda: train(level / hx.SGD(lr=1e-9), shaped(dtype), silent={1: 3, 3: 5}),
+        TOLERANCE[dtype],
+        1e-9 if dtype == torch.float64 else 1e-5,
+    )
+
+
+@every_rule
+def test_traces_of_every_rule(device, case):
+    level = case.level(learn=case.names, horizon=(2, 0.6))
+    both(device, lambda: train(level / hx.SGD(lr=1e-9), shaped(torch.float64), silent={1: 3, 3: 5}), 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("level", [hx.Adam(lr=0.01), hx.AdamW(lr=0.01), hx.SGD(lr=0.01)], ids=str)
+def test_half_precision(device, level, dtype):
+    """All but the rounding of the parameters themselves is exact, so they agree but for single last bits."""
+    both(device, lambda: train(level / hx.SGD(lr=1e-9), shaped(dtype)), TOLERANCE[dtype], 1e-4)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(stack=safeguarded_stacks(), foreign=st.sets(st.sampled_from(sorted(RULES))))
+def test_random_towers(device, stack, foreign):
+    """Safeguards, granularities and horizons, with any rules treated as if they came from another library."""
+    both(device, lambda: train(stack, shaped(torch.float64)[:6], steps=6), 1e-9, 1e-6, tuple(foreign))
+
+
+def test_more_tensors_and_towers_than_fit_into_a_launch(device):
+    def make():
+        params = [torch.nn.Parameter(torch.linspace(-1, 1, 7 + i, dtype=torch.float64)) for i in range(120)]
+        groups = [{"params": params[i : i + 2], "lr": 0.01 * (i + 1)} for i in range(0, 120, 2)]
+        return train(hx.Adam(lr=0.01) / hx.SGD(lr=1e-6), groups)
+
+    both(device, make, 1e-12)
+
+    def one_group():
+        params = [torch.nn.Parameter(torch.linspace(-1, 1, 7 + i, dtype=torch.float64)) for i in range(120)]
+        return train(hx.Adam(lr=0.01) / hx.SGD(lr=1e-6), params)
+
+    both(device, one_group, 1e-12)
+
+
+def test_dtypes_can_be_mixed_in_a_group(device):
+    def make():
+        params = [p for dtype in (torch.float32, torch.float64, torch.float32) for p in shaped(dtype)[:5]]
+        return train(hx.Adam(lr=0.01) / hx.SGD(lr=1e-9), params)
+
+    both(device, make, 1e-6, 1e-5)
+
+
+@pytest.mark.parametrize("nonfinite", ["hold", "skip"])
+def test_a_gradient_that_is_not_finite_changes_nothing(device, nonfinite):
+    def make():
+        params = [torch.nn.Parameter(torch.ones(10, dtype=torch.float64)) for _ in range(3)]
+        opt = hx.HyperOptimizer(params, hx.Adam(lr=0.1) / hx.SGD(lr=1e-3), nonfinite=nonfinite)
+        for value in (1.0, 2.0, float("inf"), 3.0, float("nan"), -1.0):
+            for p in params:
+                p.grad = torch.full_like(p, value)
+            opt.step()
+        assert opt.skipped_steps() == 2
+        return opt
+
+    both(device, make, 1e-12)
+
+
+@every_rule
+def test_the_functional_form_of_every_rule(device, case):
+    def gradients(detach: bool) -> list[torch.Tensor]:
+        params, targets = shaped(torch.float64)[:8], [p.detach() for p in shaped(torch.float64)[:8]]
+        hyper = {name: torch.tensor(v, dtype=torch.float64, requires_grad=True) for name, v in case.hyper.items()}
+        w, state = params, None
+        for step in range(1, 4):
+            grads = [torch.sin(p) * 0.5 + 0.1 * (p - 1) for p in w]
+            w, state = case.function(w, grads, state, hyper, torch.tensor(step), detach=detach)
+        loss = sum((p * t).sum() for p, t in zip(w, targets, strict=True))
+        return [*w, *torch.autograd.grad(loss, [*hyper.values(), *([] if detach else params)], allow_unused=True)]
+
+    for detach in (True, False):
+        expected = gradients(detach)
+        with on(device):
+            got = gradients(detach)
+        for one, other in zip(got, expected, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None and one.numel():
+                assert error(one, other) <= 1e-10
+
+
+def test_sums_do_not_depend_on_how_often_they_are_made(device):
+    def hyperparameters():
+        opt = train(hx.Adam(lr=0.01) / hx.SGD(lr=1e-6), shaped(torch.float32))
+        return torch.stack(list(opt.hyperparameters()[0].values()))
+
+    with on(device):
+        assert torch.equal(hyperparameters(), hyperparameters())
+
+
+def test_the_operators_are_those_of_the_device(device):
+    with on(device):
+        p = torch.nn.Parameter(torch.ones(3))
+        opt = train(hx.Adam() / hx.SGD(), [p])
+    namespace = opt._groups[0].step.name().split("::")[0]
+    assert (namespace, p.device.type) == (
+        ("hyperopt_ext_emulated", "cpu") if device == "emulated" else ("hyperopt_ext", "cuda")
+    )
+
+
+def test_a_scaled_gradient_is_divided_on_the_device(device):
+    def make(scale: float | None):
+        with on(device):
+            params = shaped(torch.float32)[:6]
+            opt = hx.HyperOptimizer(params, hx.Adam(lr=0.01) / hx.SGD(lr=1e-6))
+            for step in range(3):
+                for p in params:
+                    p.grad = torch.full_like(p, step - 0.5) * (scale or 1.0)
+                if scale is not None:
+                    opt.grad_scale = torch.tensor([scale])
+                    opt.found_inf = torch.zeros(1)
+                opt.step()
+        return opt
+
+    plain, scaled = make(None), make(1024.0)
+    for p, q in zip(plain.param_groups[0]["params"], scaled.param_groups[0]["params"], strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.cuda
+class TestOnlyOnAGPU:
+    STACK = hx.Adam(lr=0.01) / hx.Adam(lr=1e-4) / hx.SGD(lr=1e-6)
+
+    def test_a_step_never_waits_for_the_device(self):
+        with torch.device("cuda"):
+            opt = train(hx.Adam(lr=0.01, trust=0.1) / self.STACK, shaped(torch.float32)[:6], steps=2)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                opt.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+    def test_a_step_can_be_captured_and_replayed(self):
+        with torch.device("cuda"):
+            graphed, eager = (train(self.STACK, shaped(torch.float32)[:6], steps=3) for _ in range(2))
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                graphed.step()
+            for _ in range(5):
+                graph.replay()
+                eager.step()
+            torch.cuda.synchronize()
+        for p, q in zip(graphed.param_groups[0]["params"], eager.param_groups[0]["params"], strict=True):
+            assert torch.equal(p, q)
+        for x, y in zip(graphed.hyperparameters(), eager.hyperparameters(), strict=True):
+            assert all(torch.equal(x[name], y[name]) for name in x)
+
+    def test_a_step_runs_on_the_current_stream(self):
+        with torch.device("cuda"):
+            opt, other = (train(self.STACK, shaped(torch.float32)[:6], steps=2) for _ in range(2))
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(10_000_000)
+                for p in opt.param_groups[0]["params"]:
+                    p.grad = torch.ones_like(p)
+                opt.step()
+            torch.cuda.current_stream().wait_stream(stream)
+            for p in other.param_groups[0]["params"]:
+                p.grad = torch.ones_like(p)
+            other.step()
+        for p, q in zip(opt.param_groups[0]["params"], other.param_groups[0]["params"], strict=True):
+            assert torch.equal(p, q)
+
+    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+    def test_a_hundred_steps_agree_with_the_cpu(self, dtype, tolerance):
+        both("cuda", lambda: train(hx.Adam(lr=1e-3) / hx.SGD(lr=1e-6), shaped(dtype)[3:], steps=100), tolerance, 1e-5)
+
+    def test_tensors_on_two_devices_are_an_error(self):
+        cpu, cuda = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3, device="cuda"))
+        with pytest.raises(ValueError, match="one param group a device"):
+            hx.HyperOptimizer([cpu, cuda], hx.Adam())
+        opt = hx.HyperOptimizer([{"params": [cpu]}, {"params": [cuda]}], hx.Adam() / hx.SGD())
+        cpu.grad, cuda.grad = torch.ones(3), torch.ones(3, device="cuda")
+        opt.step()
+        assert torch.allclose(cpu, cuda.cpu())

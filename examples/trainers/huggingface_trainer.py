@@ -3,8 +3,8 @@
     python examples/trainers/huggingface_trainer.py [FOLDER]
 
 Without a scheduler, `Trainer` makes one that lowers lr linearly, which is a factor of the learned lr;
-`ConstantLR(opt, factor=1.0)` leaves it alone. In the log, `learning_rate` is the scheduler's, and `level0/lr` is what was
-learned. The model is a small Llama, made from its configuration and trained from the start to copy sequences.
+`ConstantLR(opt, factor=1.0)` leaves it alone. In the log, `learning_rate` is the scheduler's, and `level0/lr` is what
+was learned. The model is a small Llama, made from its configuration and trained from the start to copy sequences.
 """
 
 from __future__ import annotations

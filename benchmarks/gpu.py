@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import hyperopt_ext as hx
-from hyperopt_ext.optimizer import _Update
+from hyperopt_ext.update import Update
 
 TINY = hx.SGD(lr=1e-14)  # the sums that it multiplies grow with the number of elements
 HEIGHTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -131,7 +131,7 @@ def passes(elements: int, rounds: int, bandwidth: float) -> list[dict[str, Any]]
 def pass_calls(opt: hx.HyperOptimizer, moved: tuple[int, int]) -> list[tuple[str, Callable[[], object], int]]:
     """The operators of the passes, by name, and the bytes that they move for an element."""
     group = opt._groups[0]
-    arguments = _Update(group, group.group["params"], opt.state).active
+    arguments = Update(group, group.group["params"], opt.state).active
     calls: list[tuple[str, Callable[[], object], int]] = [("B", lambda: group.step(*arguments), moved[1])]
     if moved[0]:
         calls.insert(0, ("A", lambda: group.hypergradient(*arguments, True), moved[0]))

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from hyperopt_ext import functional
 from hyperopt_ext.levels import SGD, Adam
-from hyperopt_ext.optimizer import HyperOptimizer, _Update
+from hyperopt_ext.optimizer import HyperOptimizer
 from hyperopt_ext.stack import RULES, Level, Stack
 from hyperopt_ext.testing.problems import (
     Regression,
@@ -27,6 +27,7 @@ from hyperopt_ext.testing.problems import (
     float64_by_default,
 )
 from hyperopt_ext.testing.reference import ReferenceTower, State, Twin
+from hyperopt_ext.update import Update
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def optimizer(case: Case, params: list[Any], learn: str | Sequence[str], **hyper
 
 def operands(opt: HyperOptimizer, params: list[Tensor], grads: list[Tensor]) -> tuple[Any, ...]:
     """What the operators of a pass take (csrc/pass.h), for parameters that have taken a step."""
-    return (params, grads, *_Update(opt._groups[0], opt.param_groups[0]["params"], opt.state).active[2:])
+    return (params, grads, *Update(opt._groups[0], opt.param_groups[0]["params"], opt.state).active[2:])
 
 
 def hypergradient(opt: HyperOptimizer, params: list[Tensor], grads: list[Tensor]) -> Tensor:

@@ -1,0 +1,263 @@
+"""What a step of the optimizer is made of: a param group's tower and operators, its two passes, the call between."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperopt_ext import _C, distributed
+from hyperopt_ext.stack import Level, Stack
+
+
+def state_dtype(p: Tensor, name: str) -> torch.dtype:
+    """Counters are int64; the arithmetic and the state of half-precision parameters are fp32."""
+    if name in ("step", "tick"):
+        return torch.int64
+    return p.dtype if name == "last_param" or p.dtype == torch.float64 else torch.float32
+
+
+def new_tower(stack: Stack, params: list[Tensor], device: torch.device) -> Tensor:
+    """One row for all parameters, or, if the first level has hyperparameters for each tensor, one for each."""
+    values = [float(value) for level in stack for value in level.values().values()]
+    start = [value for level in stack for value in level.start().values()]
+    row = torch.tensor(_C.tower_row(stack.plan(), values, start), dtype=torch.float64, device=device)
+    return row.repeat(len(params) if stack[0].granularity == "tensor" else 1, 1)
+
+
+def _foreign_levels(plan: list[int]) -> list[tuple[int, int]]:
+    """The levels that are moved by a rule which the CUDA tower is not compiled with, and the id of that rule."""
+    columns = [plan[i :: len(_C.PLAN)] for i in range(len(_C.PLAN))]
+    built_in, rule = columns[_C.PLAN.index("built_in")], columns[_C.PLAN.index("rule")]
+    return [(k, rule[k + 1]) for k in range(len(rule) - 1) if built_in[k + 1] < 0]
+
+
+class Group:
+    """What ``step()`` needs of a param group: its tower, and the operators of its first rule."""
+
+    def __init__(self, group: dict[str, Any]) -> None:
+        stack: Stack = group["stack"]
+        base, plan = stack[0], stack.plan()
+        self.group, self.stack = group, stack
+        self.params: list[Tensor] = group["params"]
+        self.tower: Tensor = group["tower"]
+        self.learn = base.learn_mask() if len(stack) > 1 else 0
+        self.horizon = base.horizons()
+        self.nonfinite: str | None = group["nonfinite"]
+        self.capped = base.trust is not None
+        self.sums = self.learn != 0 or self.nonfinite is not None  # else pass A has nothing to say
+        # The row of each parameter, if they have rows of their own.
+        self.row_of = {p: i for i, p in enumerate(group["params"])} if base.granularity == "tensor" else None
+        device = self.tower.device
+        settings = [{**level.settings(), "skip": float(self.nonfinite in ("skip", "raise"))} for level in stack]
+        self.plan = torch.tensor(plan, device=device).view(len(stack), -1)
+        self.foreign = _foreign_levels(plan)
+        self.bounds = torch.tensor(
+            [limit for level in stack for limit in level.limits()], dtype=torch.float64, device=device
+        )
+        self.settings = torch.tensor(
+            [[values[name] for name in _C.SETTINGS] for values in settings], dtype=torch.float64, device=device
+        )
+        offsets = _C.tower_offsets(plan)
+        self.hyperparameters, self.bounded, self.used = (
+            [self._views(level, starts[i]) for level, starts in zip(stack, offsets, strict=True)] for i in range(3)
+        )
+        self.schedule = self.tower[:, _C.SCHEDULE]
+        self.initial: Tensor | None = None
+        if self.learns_lr() and "lr" in group and "initial_lr" in group:
+            for name in ("lr", "initial_lr"):
+                group[name] = torch.as_tensor(group[name], dtype=torch.float64, device=device)
+            self.initial = group["initial_lr"]
+        live = self.hyperparameters[0]
+        self.betas = (live["beta1"], live["beta2"]) if "beta1" in live else None
+        self.states = base.start()
+        self.records = _C.record(base.rule, self.learn, base.is_traced())
+        ops = torch.ops.hyperopt_ext
+        self.hypergradient = getattr(ops, f"{base.rule}_hypergradient").default
+        self.norms = getattr(ops, f"{base.rule}_norms").default
+        self.step = base.step_of(group)
+        self.settle = getattr(ops, f"{base.rule}_settle_").default
+
+    def _views(self, level: Level, start: int) -> dict[str, Tensor]:
+        """What the tower holds for each hyperparameter of a level: no dimension, or one of the parameters."""
+        rows = self.tower if level.granularity == "tensor" else self.tower[0]
+        return {name: rows[..., start + i] for i, name in enumerate(level.values())}
+
+    def count(self, column: int) -> Tensor:
+        return self.tower[0, column] if self.row_of is None else self.tower[:, column]
+
+    def learns_lr(self) -> bool:
+        return self.learn != 0 and "lr" in self.stack[0].learn_names
+
+    def link(self) -> None:
+        """Puts the live values into the param group, but for an lr that is a scheduler's."""
+        self.entries = dict(self.hyperparameters[0])
+        if self.initial is not None:
+            self.entries["lr"] = self.group["lr"]
+        self.group.update(self.entries)
+        if self.betas is not None:
+            self.group["betas"] = self.betas
+
+    def meet_scheduler(self) -> None:
+        """An lr_scheduler writes ``initial_lr``. If lr is learned, it gets an entry ``lr`` of its own to write to."""
+        initial = self.group.get("initial_lr")
+        if initial is self.initial or not self.learns_lr():
+            return
+        live = self.hyperparameters[0]["lr"]
+        value = torch.as_tensor(initial, dtype=live.dtype, device=live.device)
+        own = value.numel() > 1  # a copy of the lrs of all tensors
+        value = value.new_tensor(self.stack[0].values()["lr"]) if own else value.reshape(())
+        if not bool(value > 0):
+            del self.group["initial_lr"]
+            raise ValueError(
+                "param group: a scheduler multiplies a learned lr by its value over initial_lr, so initial_lr must be "
+                f"greater than 0, not {value.item():g}"
+            )
+        if not own:
+            live.copy_(value)
+        self.initial = value.clone()
+        self.group.update(initial_lr=self.initial, lr=self.initial.clone())
+        self.link()
+
+    def adopt_assignments(self) -> None:
+        """``group["lr"] = 0.1`` is ``group["lr"].fill_(0.1)``: the entry is a view of the tower again."""
+        if self.betas is not None:
+            betas = self.group["betas"]
+            if not isinstance(betas, tuple | list) or len(betas) != 2:
+                raise TypeError(f"param group: betas must be two numbers, not {betas!r}")
+            beta1, beta2 = betas
+            if beta1 is not self.betas[0] or beta2 is not self.betas[1]:
+                self.group.update(beta1=beta1, beta2=beta2, betas=self.betas)
+        for name, live in self.entries.items():
+            value = self.group.get(name)
+            if value is live:
+                continue
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number and not (isinstance(value, Tensor) and value.numel() in (1, live.numel())):
+                raise TypeError(f"param group: {name} must be a number or a tensor of one, not {value!r}")
+            value = value if isinstance(value, Tensor) else torch.tensor(value, dtype=live.dtype)
+            live.copy_(value.reshape(()) if value.numel() == 1 else value)
+            self.group[name] = live
+        if self.initial is not None:
+            self.schedule.copy_(self.entries["lr"] / self.initial)
+
+    def new_state(self, p: Tensor) -> dict[str, Tensor]:
+        start = {"step": 0, "tick": -1, **self.states, **dict.fromkeys(self.records, 0)}
+        state = {}
+        for name, value in start.items():
+            shape = torch.empty((), device=p.device) if name in ("step", "tick") else p
+            state[name] = torch.full_like(shape, value, dtype=state_dtype(p, name), requires_grad=False)
+        return state
+
+
+class Update:
+    """One step of one group: its parameters that have a gradient, and the idle ones that moved before.
+
+    If processes share the parameters out, ``reduction`` says which of them count on this one.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        params: list[Tensor],
+        state: dict[Tensor, dict[str, Tensor]],
+        reduction: distributed.Reduction | None = None,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        device = group.tower.device
+        self.group = group
+        self.reduction = reduction
+        self.grad_scale = None if grad_scale is None else grad_scale.to(device, torch.float32, non_blocking=True)
+        self.found_inf = None if found_inf is None else found_inf.to(device, non_blocking=True)
+        self.new = {p: group.new_state(p) for p in params if p not in state}
+        states = [state[p] if p in state else self.new[p] for p in params]
+        if reduction is None:
+            grads = [p.grad for p in params]
+        else:
+            grads = [distributed.local_grad(p, f"params[{i}]") for i, p in enumerate(params)]
+        self.active = self.counted = self._arguments(params, grads, states)
+        if reduction is not None and len(counted := reduction.counted(params)) < len(params):
+            self.counted = self._arguments(
+                [params[i] for i in counted], [grads[i] for i in counted], [states[i] for i in counted]
+            )
+        self.idle = None
+        if group.row_of is None and len(params) != len(group.group["params"]):
+            moving = set(params)
+            idle = [p for p in group.group["params"] if p in state and p not in moving]
+            self.idle = self._arguments(idle, idle, [state[p] for p in idle])
+
+    def _arguments(self, params: list[Tensor], grads: list[Any], states: list[dict[str, Tensor]]) -> tuple[Any, ...]:
+        """What the operators of a pass take (csrc/pass.h)."""
+        g = self.group
+        rows = [] if g.row_of is None else [g.row_of[p] for p in params]
+        if self.reduction is not None:
+            params, grads = ([distributed.local(t) for t in tensors] for tensors in (params, grads))
+            states = [{name: distributed.local(t) for name, t in state.items()} for state in states]
+        return (
+            params,
+            grads,
+            [state[name] for name in g.states for state in states],
+            [state[name] for name in g.records for state in states],
+            [state["step"] for state in states],
+            [state["tick"] for state in states],
+            g.tower,
+            rows,
+            g.learn,
+            *g.horizon,
+            -1.0 if g.group["maximize"] else 1.0,
+        )
+
+    def hypergradient(self) -> Tensor:
+        """Pass A. Checks all lists before anything is changed."""
+        sums: Tensor = self.group.hypergradient(*self.counted, self.group.nonfinite is not None, self.grad_scale)
+        if self.found_inf is not None:  # in any group: all of them sit the step out
+            norm = sums[:, -1]
+            norm.masked_fill_((self.found_inf != 0) & (norm >= 0), math.inf)
+        return sums
+
+    def norms(self) -> Tensor:
+        sums: Tensor = self.group.norms(*self.counted, self.grad_scale)
+        return sums
+
+    def step(self) -> None:
+        """Pass B."""
+        if self.idle is not None:
+            self.group.settle(*self.idle)
+        self.group.step(*self.active, self.grad_scale)
+
+
+def move_towers(updates: list[Update], reduction: distributed.Reduction | None) -> None:
+    """All towers in one call, and, where ``trust`` asks for it, the largest lr that the coming update allows."""
+
+    def apply(op: Any, some: list[Update], sums: list[Tensor]) -> None:
+        groups = [update.group for update in some]
+        if groups:
+            op(
+                [g.tower for g in groups],
+                sums,
+                [g.plan for g in groups],
+                [g.bounds for g in groups],
+                [g.settings for g in groups],
+                [number for i, g in enumerate(groups) for level in g.foreign for number in (i, *level)],
+            )
+
+    def added_up(sums: list[Tensor]) -> list[Tensor]:
+        """Only of the groups that learn something, or look for numbers that are not finite."""
+        if reduction is None:
+            return sums
+        totals = iter(reduction.hypergradients([s for u, s in zip(updates, sums, strict=True) if u.group.sums]))
+        return [next(totals) if u.group.sums else s for u, s in zip(updates, sums, strict=True)]
+
+    ops = torch.ops.hyperopt_ext
+    sums = added_up([update.hypergradient() for update in updates])
+    for update, own in zip(updates, sums, strict=True):
+        raises = update.group.nonfinite == "raise" and update.found_inf is None
+        if raises and not bool(own.isfinite().all()):
+            raise FloatingPointError("a gradient, or a hypergradient, is not finite; nothing was changed in this step")
+    apply(ops.tower_.default, updates, sums)
+    capped = [update for update in updates if update.group.capped]
+    norms = [update.norms() for update in capped]
+    apply(ops.cap_.default, capped, norms if reduction is None else reduction.add_up(norms))

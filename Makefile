@@ -33,7 +33,7 @@ format: $(VENV)/.built
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-# A few minutes, on a machine that does nothing else.
+# Twenty minutes, on a machine that does nothing else.
 benchmarks: $(VENV)/.built
 	$(BIN)/python benchmarks/step_cost.py
 	$(BIN)/python benchmarks/height_scaling.py

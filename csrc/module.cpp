@@ -91,11 +91,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "library", [] { return reinterpret_cast<std::uintptr_t>(&library()); },
       "The address of the rules of this library, for another one that makes operators of them.");
-#ifdef HX_WITH_CUDA
-  m.attr("WITH_CUDA") = true;
-#else
-  m.attr("WITH_CUDA") = false;
-#endif
   m.attr("SETTINGS") = std::vector<std::string>(kSettingNames.begin(), kSettingNames.end());
   m.def(
       "record",

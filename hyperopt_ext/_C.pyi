@@ -17,7 +17,6 @@ class RuleInfo(TypedDict):
     state: list[str]
 
 OK: int
-WITH_CUDA: bool
 SKIPPED: int
 HELD: int
 SCHEDULE: int

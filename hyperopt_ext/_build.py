@@ -72,7 +72,11 @@ def units(folder: Path, include: Path, rules: Iterable[tuple[str, str]]) -> list
         include: the folder of the library's own headers.
         rules: for each header of rules, the stem of its units' names and how a unit includes it.
     """
-    registers = [_CPU, _CUDA] if with_cuda() else [_CPU]
+    registers = [_CPU]
+    if with_cuda():
+        registers.append(_CUDA)
+        if not torch.cuda.is_available():  # else torch compiles for the GPU that it finds
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
     text = f'#define HX_HEADERS "{digest(include)}"\n#include "library.h"\n'
     return [
         write(folder / "library.cpp", text),
@@ -104,8 +108,6 @@ def extension(name: str, sources: Iterable[Path], include: Iterable[Path], **arg
     """The sources as an extension for ``setup()``, with CUDA if there are kernels for it among them."""
     files = [str(source) for source in sources]
     cuda = any(name.endswith(".cu") for name in files)
-    if cuda and not torch.cuda.is_available():  # else torch compiles for the GPU that it finds
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
     kind: Any = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     return kind(
         name,

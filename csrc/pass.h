@@ -117,6 +117,7 @@ class Chunks {
 
   void add(const Item& item);
 
+  std::int64_t size() const { return size_; }
   const std::vector<Item>& items() const { return items_; }
   const std::vector<Chunk>& chunks() const { return chunks_; }
   std::int64_t elements() const { return elements_; }

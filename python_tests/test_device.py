@@ -158,6 +158,17 @@ def test_more_tensors_and_towers_than_fit_into_a_launch(device):
     both(device, one_group, 1e-12)
 
 
+def test_more_elements_than_fit_into_small_chunks(device):
+    """A block takes more of them where there are many, here 2048 and 8192 at a time."""
+    for elements in (600_001, 4_300_001):
+
+        def make(elements=elements):
+            params = [torch.nn.Parameter(torch.linspace(-1, 1, n)) for n in (elements, 5000)]
+            return train(hx.SGD(lr=0.01) / hx.SGD(lr=1e-9), params, steps=2)
+
+        both(device, make, 1e-6, 1e-5)
+
+
 def test_dtypes_can_be_mixed_in_a_group(device):
     def make():
         params = [p for dtype in (torch.float32, torch.float64, torch.float32) for p in shaped(dtype)[:5]]

@@ -371,6 +371,28 @@ struct TowerTeam {
   }
 };
 
+// Brings the first row of a tower, and what it was built from, into the cache of the multiprocessor, all of it at once: the
+// levels come one after the other, and each would wait for its own.
+template <class Team>
+HX_FN void fetch(const TowerTeam<Team>& team, const TowerView& tower, const tower::Scratch& scratch) {
+#ifdef __CUDA_ARCH__
+  constexpr int kLine = 128;  // bytes of a cache line
+  const int last = tower.levels - 1;
+  team.each([&](int worker) {
+    unsigned sum = 0;
+    const auto touch = [&](const void* start, std::int64_t words) {
+      for (std::int64_t i = worker * kLine; i < 8 * words; i += TowerTeam<Team>::kWorkers * kLine)
+        sum += static_cast<const unsigned char*>(start)[i];
+    };
+    touch(tower.start, tower.width);
+    touch(tower.plan, tower.levels * kPlanColumns);
+    touch(tower.settings, tower.levels * kSettings);
+    touch(tower.bounds, 2 * (tower.level(last)[kBounds] + tower.level(last)[kHypers]));
+    if (sum == ~0u) *scratch.any = 0.0;  // never; without a use, the reads would be left out
+  });
+#endif
+}
+
 template <class Call>
 struct MoveTowers {
   static constexpr int kThreads = 128;
@@ -382,6 +404,7 @@ struct MoveTowers {
     const TowerView tower = launch.views[block];
     const tower::Scratch scratch(tower);
     if (launch.differentiates) {
+      fetch(team, tower, scratch);
       tower::differentiate(team, tower, scratch);
       tower::decide(team, tower, scratch);
     }

@@ -19,8 +19,11 @@
 #ifdef __CUDACC__
 #include <cuda_runtime_api.h>
 #define HX_UNROLL _Pragma("unroll")
+#define HX_PRAGMA(...) _Pragma(#__VA_ARGS__)
+#define HX_UNROLL_BY(n) HX_PRAGMA(unroll n)
 #else
 #define HX_UNROLL
+#define HX_UNROLL_BY(n)
 #endif
 
 namespace hyperopt_ext {
@@ -28,9 +31,15 @@ namespace cuda {
 
 // Elements that a thread takes at once: 16 bytes of fp32.
 constexpr int kVector = 4;
-// Elements of a chunk, which a block takes.
-constexpr std::int64_t kChunk = 8192;
 constexpr int kThreads = 256;
+
+// Elements of a chunk, which a block takes: fewer where there are few in all, so that every multiprocessor has work. By
+// their number alone, so that sums are the same on every GPU.
+constexpr std::int64_t chunk_of(std::int64_t elements) {
+  constexpr std::int64_t kLeast = kThreads * kVector, kMost = 8 * kLeast, kBlocks = 512;
+  const std::int64_t share = (elements / kBlocks + kLeast - 1) / kLeast * kLeast;
+  return share < kLeast ? kLeast : share > kMost ? kMost : share;
+}
 
 // Arguments of a kernel are at most this large, whatever the driver.
 constexpr std::size_t kArgumentBytes = 4096;
@@ -111,6 +120,7 @@ struct Launch {
   std::int32_t stride;  // words of a tensor
   std::int32_t extra;   // of these the last ones: pointers beyond the states
   Mask learn;
+  std::int32_t chunk;  // elements of a chunk
   std::uint64_t words[kWords];
 };
 
@@ -160,8 +170,8 @@ struct Chunk {
   bool known;     // or at some tick
 
   HX_FN Chunk(const Launch& launch, int block, int hypers) : entry(launch, tensor_of(launch, block)) {
-    begin = (block - entry.first_chunk()) * kChunk;
-    count = entry.count() - begin < kChunk ? entry.count() - begin : kChunk;
+    begin = std::int64_t(block - entry.first_chunk()) * launch.chunk;
+    count = entry.count() - begin < launch.chunk ? entry.count() - begin : launch.chunk;
     header = launch.tower + entry.row() * launch.width;
     used = header + kHeader;
     previous = used + hypers;

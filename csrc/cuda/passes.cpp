@@ -65,15 +65,26 @@ bool is_aligned(const Slice& slice, ScalarType type, std::size_t states) {
   return aligned;
 }
 
+std::int64_t elements_of(at::TensorList tensors) {
+  std::int64_t elements = 0;
+  for (const at::Tensor& t : tensors) elements += t.numel();
+  return elements;
+}
+
 // What the kernels read beyond the states.
 enum Extra { kNone, kTraces, kCotangents };
 
 // The tensors of a pass, and what the kernels of all its launches have in common.
 class Batch {
  public:
-  Batch(const Rule& rule, const at::Tensor& tower, std::size_t tensors, Extra extra)
-      : chunks_(kChunk, tensors), rule_(rule), extra_(extra), device_(tower), tower_(tower) {
-    counters_.reserve(tensors);
+  Batch(const Rule& rule, const at::Tensor& tower, at::TensorList params, Extra extra)
+      : chunks_(chunk_of(elements_of(params)), params.size()),
+        rule_(rule),
+        extra_(extra),
+        device_(tower),
+        tower_(tower) {
+    counters_.reserve(params.size());
+    common_.chunk = std::int32_t(chunks_.size());
     common_.tower = tower.const_data_ptr<double>();
     common_.width = tower.size(1);
     common_.horizon = 1.0;
@@ -88,7 +99,7 @@ class Batch {
 
   // Those of a pass.
   Batch(const Rule& rule, const Pass& pass, Written written)
-      : Batch(rule, pass.tower, pass.params.size(), is_traced(pass) ? kTraces : kNone) {
+      : Batch(rule, pass.tower, pass.params, is_traced(pass) ? kTraces : kNone) {
     common_.horizon = pass.horizon, common_.horizon_growth = pass.horizon_growth;
     common_.scale = pass.scale, common_.learn = pass.learn;
     common_.grad_scale = pass.grad_scale ? pass.grad_scale->const_data_ptr<float>() : nullptr;
@@ -279,7 +290,7 @@ void update(const Rule& rule, const Inputs& inputs, at::TensorList outputs) {
   std::vector<at::Tensor> sources(inputs.params.begin(), inputs.params.end());
   sources.insert(sources.end(), inputs.state.begin(), inputs.state.end());
   at::_foreach_copy_(outputs, sources);  // the kernel works in place
-  Batch batch(rule, given.tower, inputs.params.size(), kNone);
+  Batch batch(rule, given.tower, inputs.params, kNone);
   for (std::size_t i = 0; i < inputs.params.size(); ++i)
     batch.add(item_for(batch.chunks(), rule, inputs, outputs, i), given.step, given.tick);
   batch.run(0, [&](int arithmetic) { return kernels.arithmetic[arithmetic].sets[0].update; });
@@ -292,7 +303,7 @@ void differentiate(const Rule& rule, LaunchFunction RuleLaunches::* kernel, at::
                    const at::Tensor& sums) {
   const DeviceRule& kernels = device_rule(rule);
   const Given given(rule, inputs, 1);
-  Batch batch(rule, given.tower, inputs.params.size(), grad_inputs.empty() ? kNone : kCotangents);
+  Batch batch(rule, given.tower, inputs.params, grad_inputs.empty() ? kNone : kCotangents);
   for (std::size_t i = 0; i < inputs.params.size(); ++i)
     batch.add(item_for(batch.chunks(), rule, grad_params, grad_state, inputs, grad_inputs, i), given.step, given.tick);
   batch.run(int(rule.hypers.size()), [&](int arithmetic) { return kernels.arithmetic[arithmetic].*kernel; });

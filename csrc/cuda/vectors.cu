@@ -163,10 +163,12 @@ struct SumChunks {
     team.each([&](int thread) {
       double sum = 0.0;
       int found = 0;
+      HX_UNROLL_BY(4)  // both are read, whatever the row is, so that many reads are under way at once
       for (std::int64_t chunk = thread; from >= 0 && chunk < launch.chunks; chunk += kThreads) {
-        if (launch.chunk_rows[chunk] != row) continue;
-        sum += launch.partial[from * launch.chunks + chunk];
-        found = 1;
+        const double part = launch.partial[from * launch.chunks + chunk];
+        const bool mine = launch.chunk_rows[chunk] == row;
+        sum += mine ? part : 0.0;
+        found |= int(mine);
       }
       shared.sums[thread] = sum;
       shared.found[thread] = found;

@@ -263,19 +263,19 @@ HX_FN void write(ScalarType type, const A (&from)[kVector], void* start, std::in
 // names.
 template <int Threads, class Team, class F>
 HX_FN void finish_sums(const Team& team, double* values, int columns, const Launch& launch, int block, F&& place) {
-  constexpr int kParts = 16, kPart = Threads / kParts;
+  constexpr int kParts = 16;  // sums of every 16th value: neighbouring threads read from different banks
   team.each([&](int thread) {
     for (int q = thread; q < columns * kParts; q += Threads) {
-      double* const part = values + q / kParts * Threads + q % kParts * kPart;
+      double* const part = values + q / kParts * Threads + q % kParts;
       double sum = 0.0;
-      for (int j = 0; j < kPart; ++j) sum += part[j];
+      for (int j = 0; j < Threads; j += kParts) sum += part[j];
       part[0] = sum;
     }
   });
   team.each([&](int thread) {
     for (int column = thread; column < columns; column += Threads) {
       double sum = 0.0;
-      for (int part = 0; part < kParts; ++part) sum += values[column * Threads + part * kPart];
+      for (int part = 0; part < kParts; ++part) sum += values[column * Threads + part];
       launch.partial[place(column) * launch.chunks + launch.first_chunk + block] = sum;
     }
   });

@@ -1,4 +1,4 @@
-"""What the scripts that train on MNIST share: runs, the training loop, and a sweep over runs that can be interrupted.
+"""What the scripts that train models share: runs, the training loop, and a sweep over runs that can be interrupted.
 
 A :class:`Run` names everything that its result depends on. With the same seed and model, all optimizers start from the
 same weights and see the same batches. A sweep writes every result to a file as soon as it is there, and what it finds
@@ -209,10 +209,10 @@ def train(run: Run, data: Data) -> Result:
 _data: Data
 
 
-def _start_worker(folder: Path) -> None:
+def _start_worker(load: Callable[[Path], Data], folder: Path) -> None:
     global _data
     torch.set_num_threads(1)
-    _data = mnist(folder)
+    _data = load(folder)
 
 
 def _work(train: Train, run: AnyRun) -> Result:
@@ -252,7 +252,11 @@ class Log:
 
 
 def sweep(
-    name: str, runs: Iterable[AnyRun], options: argparse.Namespace, train: Train = train
+    name: str,
+    runs: Iterable[AnyRun],
+    options: argparse.Namespace,
+    train: Train = train,
+    load: Callable[[Path], Data] = mnist,
 ) -> Callable[[AnyRun], Result]:
     """Trains all runs, several at a time, that OUT/NAME.jsonl does not have. Returns the result of each run."""
     options.out.mkdir(parents=True, exist_ok=True)
@@ -261,7 +265,7 @@ def sweep(
     missing = [run for run in todo if run not in log]
     progress = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     # A forked worker would inherit the locks of torch's threads.
-    pool = ProcessPoolExecutor(options.jobs, get_context("spawn"), _start_worker, (options.data,))
+    pool = ProcessPoolExecutor(options.jobs, get_context("spawn"), _start_worker, (load, options.data))
     with progress, pool:
         task = progress.add_task(name, total=len(todo), completed=len(todo) - len(missing))
         futures = {pool.submit(_work, train, run): run for run in missing}
@@ -280,11 +284,13 @@ def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
-def options(description: str | None, seeds: int, epochs: int | None = None) -> argparse.ArgumentParser:
+def options(
+    description: str | None, seeds: int, epochs: int | None = None, data: str = "MNIST as .gz files"
+) -> argparse.ArgumentParser:
     """The options that every experiment has, with --epochs unless it has none of its own to set."""
     summary = (description or "").partition("\n")[0]
     parser = argparse.ArgumentParser(description=summary, parents=[harness.common_options()])
-    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="MNIST as .gz files")
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help=data)
     if epochs is not None:
         parser.add_argument("--epochs", type=int, default=epochs, metavar="N", help=f"of each run; default: {epochs}")
     parser.add_argument("--seeds", type=int, default=seeds, metavar="N", help=f"how many; default: {seeds}")
@@ -301,9 +307,11 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def save(name: str, options: argparse.Namespace, rows: list[dict[str, Any]], figure: Figure) -> None:
+def save(
+    name: str, options: argparse.Namespace, rows: list[dict[str, Any]], figure: Figure, batch: int = BATCH
+) -> None:
     """Writes OUT/NAME.json and OUT/NAME.png."""
     versions = {name: importlib.metadata.version(name) for name in EXTRAS}
-    settings = {"epochs": options.epochs, "batch": BATCH} if "epochs" in options else {}
+    settings = {"epochs": options.epochs, "batch": batch} if "epochs" in options else {}
     settings |= {"seeds": options.seeds, "packages": versions}
     harness.save(name, {**settings, "rows": _finite(rows)}, figure, options.out)

@@ -12,7 +12,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 TORCH_STAMP := $(VENV)/.installed-$(shell echo '$(TORCH)' | tr -c 'A-Za-z0-9.\n' _)
 SOURCES := setup.py pyproject.toml hyperopt_ext/_build.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/* examples/*/*/*.h)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/* examples/*/*/*.h python_tests/*.cpp)
 
 .PHONY: demo test lint format benchmarks gpu clean
 

@@ -31,7 +31,12 @@ def extension():
     if build.with_cuda():
         sources += [*sorted(CSRC.glob("cuda/*.cpp")), *sorted(CSRC.glob("cuda/*.cu"))]
         build.built_in_rules(generated, rules)
-    return build.extension("hyperopt_ext._C", [source.relative_to(ROOT) for source in sources], [CSRC, generated])
+    return build.extension(
+        "hyperopt_ext._C",
+        [source.relative_to(ROOT) for source in sources],
+        [CSRC, generated],
+        depends=[str(path.relative_to(ROOT)) for path in sorted(CSRC.rglob("*.*"))],  # an sdist holds what this names
+    )
 
 
 class BuildExtension(cpp_extension.BuildExtension):

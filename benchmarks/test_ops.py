@@ -20,8 +20,9 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 import hyperopt_ext as hx
-from hyperopt_ext import _C, levels
+from hyperopt_ext import levels
 from hyperopt_ext.stack import RULES
+from hyperopt_ext.update import Update
 
 SIZES = {"1x10k": (1, 10_000), "1x1M": (1, 1_000_000), "100x10k": (100, 10_000)}
 TINY = hx.SGD(lr=1e-14)  # as the level above, it leaves all values sane for any number of steps
@@ -67,27 +68,15 @@ def new_optimizer(rule: str, size: str) -> hx.HyperOptimizer:
 
 
 def operands(optimizer: hx.HyperOptimizer) -> tuple[object, ...]:
-    """The arguments of both passes, from the optimizer's public state (csrc/cpu/passes.h)."""
-    [group] = optimizer.param_groups
-    params, base = group["params"], optimizer.stack[0]
-    learn = base.learn_mask()
-
-    def column(*names: str) -> list[Tensor]:
-        return [optimizer.state[p][name] for name in names for p in params]
-
-    state, record = column(*RULES[base.rule]["state"]), column(*_C.record(base.rule, learn, False))
-    grads = [p.grad for p in params]
-    return params, grads, state, record, column("step"), column("tick"), group["tower"], [], learn, 1.0, 0.0, 1.0
+    """The arguments of both passes (csrc/pass.h)."""
+    [group] = optimizer._groups
+    return Update(group, group.params, optimizer.state).active
 
 
 def tower_operands(optimizer: hx.HyperOptimizer, hypergradient: float) -> tuple[list[Tensor], ...]:
-    [group] = optimizer.param_groups
-    stack = optimizer.stack
-    sums = torch.full((1, 2 * len(stack[0].values()) + 1), hypergradient, dtype=torch.float64)
-    plan = torch.tensor(stack.plan()).view(len(stack), -1)
-    bounds = torch.tensor([limit for level in stack for limit in level.limits()], dtype=torch.float64)
-    settings = [[{**level.settings(), "skip": 0.0}[name] for name in _C.SETTINGS] for level in stack]
-    return [group["tower"]], [sums], [plan], [bounds], [torch.tensor(settings, dtype=torch.float64)]
+    [group] = optimizer._groups
+    sums = torch.full((1, 2 * len(optimizer.stack[0].values()) + 1), hypergradient, dtype=torch.float64)
+    return [group.tower], [sums], [group.plan], [group.bounds], [group.settings]
 
 
 def check(optimizer: hx.HyperOptimizer) -> None:

@@ -66,7 +66,7 @@ HX_FN void each_direction(F&& f) {
   detail::each<M>(static_cast<F&&>(f), std::make_integer_sequence<int, count(M)>{});
 }
 
-// Copied number by number: gcc does not vectorise a loop in which a struct is left that it copies as a whole.
+// Copied member by member: gcc does not vectorise a loop that still copies a struct as a whole.
 template <class T, Mask M>
 struct Dual {
   static constexpr Mask mask = M;
@@ -232,14 +232,16 @@ HX_FN Dual<T, A> sqrt(const Dual<T, A>& a) {
     return chain(root, a, root > T(0) ? T(0.5) / root : T(0));
 }
 
-// a^n for a constant n, as bias corrections need it. At a = 0 the slope is that of the limit: 1 for n = 1, else 0.
+// a^n for a constant n, as bias corrections need it. At a = 0 the slope of a^n with 0 < n < 1 is infinite; as that of
+// the square root, it is defined as 0 there.
 template <class T, Mask A>
 HX_FN Dual<T, A> pow(const Dual<T, A>& a, double n) {
+  const T power = std::pow(a.value, T(n));
   if constexpr (A == 0) {
-    return constant(std::pow(a.value, T(n)));
+    return constant(power);
   } else {
-    const T lower = std::pow(a.value, T(n - 1));
-    return chain(lower * a.value, a, T(n) * lower);
+    const bool is_flat = n == 0.0 || (a.value == T(0) && 0.0 < n && n < 1.0);
+    return chain(power, a, is_flat ? T(0) : T(n) * std::pow(a.value, T(n - 1)));
   }
 }
 

@@ -70,7 +70,8 @@ struct Elements {
   }
 };
 
-// The rule's functions over what advance() returns. advance() itself reads the state at the front of that.
+// The rule's functions, given all that advance() returned as one tuple. The next advance() reads the state alone, which
+// stands at the front of it.
 template <class R, class P, class E, class State, std::size_t... I>
 HX_FN auto advance(const P& p, const E& e, const State& state, std::index_sequence<I...>) {
   return R::advance(p, e, std::get<I>(state)...);
@@ -176,10 +177,10 @@ HX_FN auto last_change(const P& p, const X& x, std::int64_t i) {
   return change<R>(p, e, w, state_after<R, before>(p, e, stored));
 }
 
-// The vector-Jacobian product of a step, from its inputs as they are Given to last_change(): above(k) is d loss / d of the
-// k-th state after the step, and that of the parameter is in x.grad(). Calls below(0, ...) with d loss / d parameter, below(1,
-// ...) with d gradient, below(2 + k, ...) with d of the k-th state before it, and sum(k, ...) with d of the k-th
-// hyperparameter.
+// The vector-Jacobian product of a step whose inputs are stored as for last_change() with Given = true. x.grad() is
+// dL/d(w after the step), and above(k) is dL/d(k-th state after it). The results are passed on: dL/dw to below(0, ...),
+// dL/d(gradient) to below(1, ...), dL/d(k-th state before the step) to below(2 + k, ...), and dL/d(k-th hyperparameter)
+// to sum(k, ...).
 template <class R, class P, class X, class Above, class Below, class Sum>
 HX_FN void pull_back(const P& p, const X& x, std::int64_t i, Above&& above, Below&& below, Sum&& sum) {
   using A = typename X::A;

@@ -108,8 +108,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return names;
       },
       "The per-parameter tensors that a rule keeps of its last steps, in the order of the operators' `record`.");
-  m.attr("PLAN") = std::vector<std::string>{"rule",     "learn", "coordinates", "hypers",   "states", "lr",
-                                            "built_in", "moved", "start",       "gradient", "bounds"};
+  m.attr("PLAN") = std::vector<std::string>(kPlanNames.begin(), kPlanNames.end());
   m.def(
       "tower_plan", tower_plan,
       "The plan of a tower, kPlanColumns numbers a level, from the rule, the learned set and the coordinates of each.");

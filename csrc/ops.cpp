@@ -8,8 +8,8 @@
 //   R_backward       its backward to the hyperparameters
 //   R_vjp            its backward to everything
 //
-// and, between the two passes, tower_ for any number of towers of any height, and cap_, which bounds their first level by
-// what R_norms gave.
+// and, between the two passes, tower_ for any number of towers of any height, and cap_, which bounds their first level
+// by what R_norms gave.
 #include "ops.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -53,8 +53,8 @@ void impl(const std::string& name, c10::DispatchKey key, F&& kernel) {
   torch_library().impl(name.c_str(), torch::dispatch(key, torch::CppFunction(std::forward<F>(kernel))));
 }
 
-// The devices, each with the keys under which the dispatcher looks for its kernels: one sparse tensor in a list makes it
-// look for a sparse kernel, which is the same one and says what is wrong.
+// The devices, each with the keys under which the dispatcher looks for its kernels: one sparse tensor in a list makes
+// it look for a sparse kernel, which is the same one and says what is wrong.
 struct Device {
   const Backend& backend;
   std::array<c10::DispatchKey, 3> keys;
@@ -168,7 +168,7 @@ std::vector<TowerView> check_towers(TensorList towers, const char* name, TensorL
                         ", but the first tower is on ", towers[0].device());
     };
     const Tensor &tower = towers[i], &plan = plans[i];
-    TORCH_CHECK_VALUE(tower.dim() == 2, "towers[", i, "] must be a matrix");
+    TORCH_CHECK_VALUE(tower.dim() == 2 && tower.size(0) > 0, "towers[", i, "] must be a matrix with a row or more");
     TORCH_CHECK_VALUE(plan.dim() == 2 && plan.size(0) > 0, "plans[", i, "] must hold a row for each level");
     const std::int64_t levels = plan.size(0), rows = tower.size(0);
     std::int64_t width = tower.size(1), hypers = bounds[i].numel() / 2, base = (sums[i].numel() / rows - 1) / 2;
@@ -209,7 +209,8 @@ Tensor new_sums(TensorList params, TensorList hyper) {
 }
 
 // What R_vjp returns, not yet filled: a tensor for each parameter, gradient and state, and one for the hyperparameters.
-// `needs` has a bit for the parameters, one for the gradients and one for each state; without it, these tensors are empty.
+// `needs` has a bit for the parameters, one for the gradients and one for each state; without it, these tensors are
+// empty.
 std::vector<Tensor> new_vjp(const Rule& rule, TensorList params, TensorList hyper, std::int64_t needs) {
   std::vector<Tensor> outputs;
   for (std::size_t k = 0; k < 2 + rule.state.size(); ++k)

@@ -1,5 +1,5 @@
-// What the two passes over the parameters work on, for any device: the lists of one call, and the table of chunks that they
-// are cut into.
+// What the two passes over the parameters work on, for any device: the lists of one call, and the table of chunks that
+// they are cut into.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -28,8 +28,8 @@ struct Pass {
   at::TensorList params;  // n tensors, any strides, fp32, fp64, fp16 or bf16
   at::TensorList grads;   // n, as params
   at::TensorList state;   // states * n, slot after slot; the parameter's shape, in its arithmetic type
-  // records * n: last_grad (as state) and last_param (as params) where the rule keeps them, or, if the horizon is longer
-  // than one step, a trace (as state) of each learned hyperparameter
+  // records * n: last_grad (as state) and last_param (as params) where the rule keeps them, or, if the horizon is
+  // longer than one step, a trace (as state) of each learned hyperparameter
   at::TensorList record;
   at::TensorList steps;     // n, int64 [], updates made
   at::TensorList ticks;     // n, int64 [], the tower's tick at which the last update was made; -1: none is on record
@@ -57,8 +57,9 @@ struct Inputs {
 struct Backend {
   // float64 [rows of the tower, 2 hypers + 1]. For each hyperparameter in `learn`, with z = d w / dh through the last
   // update (horizon 1; a parameter that took no part in the tower's last tick adds nothing) or its trace: the products
-  // <G, z>, which are the hypergradients, then the squared norms of the z. Last the square of the gradient's norm, -1 for a
-  // row without parameters in this pass. If nothing is learned, all is 0, unless `norm` asks for the last column.
+  // <G, z>, which are the hypergradients, then the squared norms of the z. The last column is the squared norm of the
+  // gradient, or -1 for a row without parameters in this pass. If nothing is learned, all columns are 0, but for the
+  // last one if `norm` asks for it.
   at::Tensor (*hypergradient)(const Rule&, const Pass&, bool norm);
 
   // float64 [rows, 3]: the squared norms of the update that `step` would make if lr were 1, and of the parameters, and
@@ -68,8 +69,8 @@ struct Backend {
   // One step: parameters, state, record, steps and ticks are written. Does nothing where the tower's `ok` is 0.
   void (*step)(const Rule&, const Pass&);
 
-  // Takes parameters without a gradient out of the tower's present tick (after tower_): a deferred state is brought up to
-  // date, the last update is no longer on record, and traces fade by one step. `grads` is not read.
+  // Takes parameters without a gradient out of the tower's present tick (after tower_): a deferred state is brought up
+  // to date, the last update is no longer on record, and traces fade by one step. `grads` is not read.
   void (*settle)(const Rule&, const Pass&);
 
   // One step with given values: the new parameters and the new state go to `outputs`, in this order.
@@ -78,21 +79,22 @@ struct Backend {
   // sums, float64 [hypers] += d <grad_params, updated params> / d hyper.
   void (*backward)(const Rule&, at::TensorList grad_params, const Inputs&, const at::Tensor& sums);
 
-  // The same for <grad_params, updated params> + <grad_state, updated state>, and what it is with respect to each
-  // parameter, gradient and state: grad_inputs, in this order, in the arithmetic type of the parameters. Those that are
-  // empty are not wanted.
+  // The same for <grad_params, updated params> + <grad_state, updated state>, with its derivatives with respect to each
+  // parameter, gradient and state. These go to grad_inputs, in this order, in the arithmetic type of the parameters;
+  // where a tensor there is empty, its derivative is not wanted.
   void (*vjp)(const Rule&, at::TensorList grad_params, at::TensorList grad_state, const Inputs&,
               at::TensorList grad_inputs, const at::Tensor& sums);
 
-  // One step of all towers. `foreign` holds three numbers for each level that is moved by a rule which the CUDA tower is
-  // not compiled with: the tower, the level, and the rule's id.
+  // One step of all towers. `foreign` holds three numbers for each level that is moved by a rule which the CUDA tower
+  // is not compiled with: the tower, the level, and the rule's id.
   void (*tower)(at::TensorList towers, const std::vector<TowerView>& views, at::IntArrayRef foreign);
 
   // Lowers the lr of the first levels where the coming update is larger than `trust` allows, from what norms() gave.
   void (*cap)(at::TensorList towers, const std::vector<TowerView>& views);
 };
 
-// Elements of one tensor and what has to be done with them: pointers to the whole run, in the memory order of the parameter.
+// Elements of one tensor and what has to be done with them: pointers to the whole run, in the memory order of the
+// parameter.
 struct Item {
   Slice slice;
   ScalarType type;
@@ -101,7 +103,8 @@ struct Item {
   std::int64_t row;
 };
 
-// A list of tensors, cut into chunks of at most `size` elements. A tensor without elements has one chunk, which is empty.
+// A list of tensors, cut into chunks of at most `size` elements. A tensor without elements has one chunk, which is
+// empty.
 class Chunks {
  public:
   struct Chunk {
@@ -154,8 +157,8 @@ Item item_for(Chunks& chunks, const Rule& rule, const Pass& pass, std::size_t i,
 // Those of a step in the functional form: what it writes to, and, in last_param and grad_state, what that starts from.
 Item item_for(Chunks& chunks, const Rule& rule, const Inputs& inputs, at::TensorList outputs, std::size_t i);
 
-// Those of its derivatives: parameters and gradients are in last_param and last_grad, and what comes down from above in grad
-// and grad_state.
+// Those of its derivatives: parameters and gradients are in last_param and last_grad, and what comes down from above in
+// grad and grad_state.
 Item item_for(Chunks& chunks, const Rule& rule, at::TensorList grad_params, at::TensorList grad_state,
               const Inputs& inputs, at::TensorList grad_inputs, std::size_t i);
 

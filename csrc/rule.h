@@ -7,14 +7,14 @@
 //   advance(p, e, s...) -> pack      the state after the step, and what else change() needs to know of the state before
 //   change(p, e, w, s...) -> delta    w_new - w_old, from all that advance() returned
 //
-// What advance() returns beyond the state is not stored (Lion's direction, Adadelta's step: they are made of a state that
-// the same step replaces).
+// What advance() returns beyond the state is not stored (Lion's direction, Adadelta's step: they are made of a state
+// that the same step replaces).
 //
 // From these four the library instantiates the update, the hypergradient and the scalar tower. `sets` names the learned
 // sets to specialise, smallest first (none and all come by themselves; any other set uses the smallest that holds it).
-// Which hyperparameters reach the state, and what of the last step has to be kept for the next hypergradient, is read off
-// the types (RecordOf below), so a rule declares neither. If a hyperparameter is called lr, every change is proportional to
-// it. See rules/adam.h for a complete rule; contract.h checks that nothing is missing.
+// Which hyperparameters reach the state, and what of the last step has to be kept for the next hypergradient, is read
+// off the types (RecordOf below), so a rule declares neither. If a hyperparameter is called lr, every change is
+// proportional to it. See rules/adam.h for a complete rule; contract.h checks that nothing is missing.
 #pragma once
 
 #include <array>
@@ -69,7 +69,7 @@ HX_FN Dual<double, S & bit(I)> get(const Hypers<S>& h) {
   return result;
 }
 
-// What prepare() and advance() return: named again where it is used, by a structured binding.
+// What prepare() and advance() return. Where it is used, a structured binding gives the values their names.
 template <class... D>
 HX_FN std::tuple<D...> pack(const D&... values) {
   return {values...};
@@ -101,7 +101,7 @@ static_assert(kMaxHypers <= kOfState && kOfState + kMaxStates <= kOfParam, "dire
 
 namespace detail {
 
-// To see by type what a function depends on.
+// Directions that show, by type, whether a function depends on the gradient or on the parameter.
 constexpr Mask kProbeGrad = bit(kOfGrad), kProbeParam = bit(kOfParam);
 
 template <class Tuple>
@@ -117,7 +117,8 @@ struct ConstantAt {  // not an alias, whose unused parameter nvcc loses
   using type = Dual<double, 0>;
 };
 
-// change() of the parameter and the gradient to probe, given as many constants as advance() returns.
+// The type of change() where gradient and parameter carry the directions above, and all that advance() returns is
+// constant.
 template <class R, class P, class Returned>
 struct ProbeChange;
 template <class R, class P, std::size_t... I>
@@ -185,8 +186,8 @@ constexpr int index_of(const char* name) {
   return -1;
 }
 
-// A run of elements of one tensor, as a kernel sees it. Parameters, gradients and last_param have the parameter's dtype;
-// state, last_grad and traces its arithmetic type (fp32 for half precision).
+// A run of elements of one tensor, as a kernel sees it. Parameters, gradients and last_param have the parameter's
+// dtype; state, last_grad and traces its arithmetic type (fp32 for half precision).
 struct Slice {
   void* param;
   void* grad;  // dL/dw, to be multiplied by `scale`; only read
@@ -268,8 +269,9 @@ struct DeviceRule;
 }
 std::vector<const cuda::DeviceRule*>& device_rules();
 
-// The rules that a shared library holds, as it hands them to another one: of those compiled outside this repository, to _C.
-// Each library has rules() and device_rules() of its own, so that none needs a symbol of another (library.h).
+// The rules of a shared library, in the form in which it hands them to another one: a library that was compiled outside
+// this repository hands its rules to _C. Each has its own rules() and device_rules(), so that none needs a symbol of
+// another (library.h).
 struct Library {
   const char* headers;     // first, whatever else changes: a digest of the headers that it was compiled with
   std::size_t rule_bytes;  // sizeof(Rule)

@@ -49,7 +49,6 @@ struct LevelRow {
         hypers(hypers),
         states(states),
         n(n) {}
-  HX_FN double* end() const { return tangents + n * hypers; }
 };
 
 // One row of the plan, an int64 tensor [levels, kPlanColumns]: what a stack is made of, and where its numbers lie.
@@ -68,6 +67,8 @@ enum PlanColumn : int {
   kBounds,    // where its rows of `bounds`, a float64 tensor [sum of hypers, 2], start
   kPlanColumns
 };
+constexpr std::array<const char*, kPlanColumns> kPlanNames{
+    "rule", "learn", "coordinates", "hypers", "states", "lr", "built_in", "moved", "start", "gradient", "bounds"};
 constexpr int kSpaceBits = 4;
 
 // One row of the settings, a float64 tensor [levels, kSettings]: how the hyperparameters of a level are moved.
@@ -124,8 +125,8 @@ inline std::int64_t tower_scratch(std::int64_t rows, std::int64_t learned) {
   return rows * (2 * learned + 1) + 3 * kMaxHypers + 2;
 }
 
-// Sets a row up: live values and coordinates from `values` [sum of hypers], accumulators from `state`, one value for each
-// state of each level.
+// Sets a row up: live values and coordinates from `values` [sum of hypers], accumulators from `state`, one value for
+// each state of each level.
 void tower_reset(double* row, const std::int64_t* plan, int levels, const double* values, const double* state);
 
 // One step of all rows. `scratch` is not read.

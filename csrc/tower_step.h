@@ -1,10 +1,10 @@
 // One step of a scalar tower, and its cap: the code that tower.cpp runs on the CPU and cuda/tower.cu on a GPU.
 //
-// It is shared out among the workers of a team, in phases: `lanes` of them take a row together, a hyperparameter of a level
-// each, and with lanes = 1 one worker takes whole levels. Team has
+// The work is divided among the workers of a team, in phases. kLanes workers share a row, with one hyperparameter of a
+// level each; where kLanes is 1, a single worker does whole levels. A Team has
 //
-//   kWorkers, kLanes     numbers of workers, and of those that share a row
-//   each(f)              f(worker) for every worker; all are through before it returns to any of them
+//   kWorkers, kLanes     the number of workers, and of those that share a row
+//   each(f)              calls f(worker) for every worker, and ends with a barrier
 //
 // and a Call moves coordinates by the rule of a level: see LevelKernel in rule.h.
 #pragma once
@@ -43,7 +43,8 @@ HX_FN double clamp(double x, double low, double high) {
   return x < low ? low : x > high ? high : x;
 }
 
-// Always finite: the ends of a range that no coordinate reaches (beta = 0 under tanh) map to one where the slope vanishes.
+// Always finite: an end of the range that no finite coordinate reaches (beta = 0 under tanh) maps to a coordinate where
+// the slope vanishes. `h` lies in the range of the coordinate.
 HX_FN double coordinate_of(Space space, double h) {
   switch (space) {
     case Space::log:
@@ -59,8 +60,8 @@ HX_FN bool is_finite(double x) {
   return std::fabs(x) <= std::numeric_limits<double>::max();
 }
 
-// Parameters whose root mean square is smaller than this count as if it were this, where an update is measured by them (as
-// in Adafactor: Shazeer & Stern, ICML 2018, Algorithm 4).
+// Parameters whose root mean square is smaller than this count as if it were this, where an update is measured by them
+// (as in Adafactor: Shazeer & Stern, ICML 2018, Algorithm 4).
 constexpr double kSmallestRms = 1e-3;
 
 // One level of one row.
@@ -114,8 +115,8 @@ HX_FN double learned_part(const Level& level, double t) {
   return 1.0 / (1.0 + times * times);
 }
 
-// A value that the user wrote since the last step, projected to its bounds, becomes the coordinate that is moved from here
-// on. What is not finite is not taken.
+// A value that the user wrote since the last step is projected to its bounds and becomes the coordinate that is moved
+// from here on. One that is not finite is ignored.
 HX_FN void adopt_write(const Level& level, int i) {
   double& live = level.row.live[i];
   if (live == level.row.seen[i]) return;
@@ -163,8 +164,8 @@ HX_FN void move(const Call& call, const Level& level, const Level& above, double
     if (moved == r.x[i] || !is_finite(moved)) continue;
     const double value = value_at(level.space(i), moved);
     double kept = clamp(value, level.bounds[2 * i], level.bounds[2 * i + 1]);
-    const double most = level.settings[kGrowth] * r.live[i];
-    if (level.is_lr(i) && is_finite(level.settings[kGrowth]) && kept > most) kept = most;
+    const double most = level.settings[kGrowth] * std::fabs(r.live[i]);  // an lr with wide bounds may be negative
+    if (level.is_lr(i) && is_finite(level.settings[kGrowth])) kept = clamp(kept, -most, most);
     if (!is_finite(kept)) continue;
     r.x[i] = kept == value ? moved : coordinate_of(level.space(i), kept);
     r.bounded[i] += kept == value ? 0.0 : 1.0;
@@ -185,8 +186,8 @@ HX_FN void use(const Level& level, int i, double t, double schedule) {
   if (level.is_lr(i)) r.used[i] *= schedule;
 }
 
-// What is known of the derivative of the loss with respect to one hyperparameter: <G, z>, |z|^2 and |G|^2, where G is the
-// gradient of what its level moves and z the derivative of that level's last update.
+// What is known of the derivative of the loss with respect to one hyperparameter: <G, z>, |z|^2 and |G|^2, where G is
+// the gradient of what its level moves and z the derivative of that level's last update.
 struct Products {
   double gz, zz, gg;
   HX_FN void add(const Products& other) {
@@ -222,7 +223,8 @@ HX_FN Products products_of(const TowerView& tower, const Scratch& scratch, int k
   return p;
 }
 
-// f(row, first, last) for the rows and the hyperparameters of a level that are a worker's.
+// Calls f(row, first, last) for a worker's share of level k: its rows, and in each its hyperparameters from first up to,
+// and without, last.
 template <class Team, class F>
 HX_FN void each_share(const TowerView& tower, int k, int worker, F&& f) {
   const int hypers = int(tower.level(k)[kHypers]), lane = worker % Team::kLanes;
@@ -373,14 +375,14 @@ HX_FN void cap(const TowerView& tower, std::int64_t row) {
   if (tower.header(row)[kOk] == 0.0 || lr < 0) return;
   const double* const norms = tower.sums + 3 * row;
   const LevelRow& r = level.row;
-  const double update = r.used[lr] * std::sqrt(norms[0]), elements = norms[2];
+  const double update = std::fabs(r.used[lr]) * std::sqrt(norms[0]), elements = norms[2];
   const double size = std::sqrt(norms[1]), least = kSmallestRms * std::sqrt(elements);
   const double most = level.settings[kTrust] * (size < least ? least : size);
   if (!(update > most)) return;
   r.used[lr] *= most / update;
   r.bounded[lr] += 1.0;
   const double allowed = r.used[lr] / tower.header(row)[kScheduled];
-  if (!level.learns(lr) || r.live[lr] <= allowed) return;
+  if (!level.learns(lr) || std::fabs(r.live[lr]) <= std::fabs(allowed)) return;
   r.live[lr] = r.seen[lr] = allowed;
   r.x[lr] = coordinate_of(level.space(lr), allowed);
 }

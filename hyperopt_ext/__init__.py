@@ -16,6 +16,8 @@ from hyperopt_ext.wrap import Wrap
 
 del torch
 
+__version__ = "0.1.0"
+
 __all__ = [
     "SGD",
     "AMSGrad",

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
 
-_CHUNK = 1024  # records that are allocated at once
+# What is allocated at once: so many records, but no more than so many numbers.
+_CHUNK, _CHUNK_NUMBERS = 1024, 2**20
 _IN_USE = " in use"
 
 
@@ -35,8 +36,9 @@ class _Track:
 
     def record(self) -> None:
         if not self.free:
-            shape = (_CHUNK, self.tower.size(0), self.columns.numel())
-            self.chunks.append(torch.empty(shape, dtype=self.tower.dtype, device=self.tower.device))
+            rows, columns = self.tower.size(0), self.columns.numel()
+            records = max(1, min(_CHUNK, _CHUNK_NUMBERS // (rows * columns)))
+            self.chunks.append(self.tower.new_empty((records, rows, columns)))
             self.free = list(self.chunks[-1].unbind())[::-1]
         torch.index_select(self.tower, 1, self.columns, out=self.free.pop())
 
@@ -61,6 +63,7 @@ class Recorder:
     Args:
         opt: the optimizer, with all of its param groups.
         every: records the first step and every so many after it, > 0. Default: 1.
+        hook: is called by each ``opt.step()``; False: :meth:`record` is yours to call. Default: True.
 
     A compiled step cannot be recorded from inside: compile a function that does not hold ``opt.step()``, or pass
     ``hook=False`` and call :meth:`record` after each step.

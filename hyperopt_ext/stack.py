@@ -317,7 +317,7 @@ class Level:
         return type(self) is type(other) and vars(self) == vars(other)
 
     def __hash__(self) -> int:
-        return hash(repr(self))
+        return hash((type(self), self.structure(), *self.values().values()))
 
     def __str__(self) -> str:
         return type(self).__name__

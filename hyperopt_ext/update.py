@@ -20,11 +20,14 @@ def state_dtype(p: Tensor, name: str) -> torch.dtype:
 
 
 def new_tower(stack: Stack, params: list[Tensor], device: torch.device) -> Tensor:
-    """One row for all parameters, or, if the first level has hyperparameters for each tensor, one for each."""
+    """One row for all parameters, or, if the first level has hyperparameters for each tensor, one for each.
+
+    A group without parameters has one row, too.
+    """
     values = [float(value) for level in stack for value in level.values().values()]
     start = [value for level in stack for value in level.start().values()]
     row = torch.tensor(_C.tower_row(stack.plan(), values, start), dtype=torch.float64, device=device)
-    return row.repeat(len(params) if stack[0].granularity == "tensor" else 1, 1)
+    return row.repeat(max(1, len(params)) if stack[0].granularity == "tensor" else 1, 1)
 
 
 def _foreign_levels(plan: list[int]) -> list[tuple[int, int]]:

@@ -8,6 +8,8 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tarfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -264,6 +266,16 @@ def test_the_compiler_is_not_there(tmp_path, monkeypatch):
         extension.load_rule("plain.h")
 
 
+def test_a_unit_is_never_seen_half_written(tmp_path):
+    """Processes that load the same rule at once write, and compile, the same files."""
+    path, contents = tmp_path / "unit.cpp", ["a" * 1_000_000, "b" * 1_000_000]
+    _build.write(path, contents[0])
+    writer = threading.Thread(target=lambda: [_build.write(path, contents[i % 2]) for i in range(100)])
+    writer.start()
+    while writer.is_alive():
+        assert path.read_text() in contents
+
+
 NVCC = """
 contract.h(132): error: static assertion failed with "hyperopt_ext: the rule has no 'static auto penalty(p, w)'"
     static_assert(penalised,
@@ -279,6 +291,32 @@ def test_errors_of_nvcc_are_understood():
         == '  mine.h:9: identifier "x" is undefined'
     )
     assert extension._errors("ninja: out of memory") == "ninja: out of memory"
+
+
+def test_a_source_distribution_can_be_built(tmp_path):
+    """It has every source and header, those of the other device included."""
+    command = [
+        sys.executable,
+        "setup.py",
+        "--quiet",
+        "egg_info",
+        "--egg-base",
+        tmp_path,
+        "sdist",
+        "--dist-dir",
+        tmp_path,
+    ]
+    subprocess.run(command, cwd=ROOT, env=environment(), check=True, capture_output=True)
+    [archive] = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*")}
+    package = {
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "hyperopt_ext").rglob("*.py*") if path.suffix != ".pyc"
+    }
+    assert len(sources) > 30
+    assert sources | package | {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
+    assert not {name for name in names if name.startswith("build")}
 
 
 def test_an_installed_package_has_the_headers(tmp_path):

@@ -40,6 +40,13 @@ def test_levels_are_values(level):
         level.lr = 1.0
 
 
+@pytest.mark.parametrize("make", [hx.SGD, hx.Adam, lambda lr: hx.Wrap(torch.optim.SGD, lr=lr)])
+def test_equal_levels_have_equal_hashes(make):
+    assert make(lr=1) == make(lr=1.0)
+    assert len({make(lr=1), make(lr=1.0), make(lr=2)}) == 2
+    assert len({make(lr=1) / hx.SGD(), make(lr=1.0) / hx.SGD()}) == 1
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_defaults_are_those_of_the_rule_and_of_the_published_optimizer(case):
     """The C++ rule, the Python spec and torch.optim cannot drift apart."""

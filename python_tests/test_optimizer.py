@@ -51,6 +51,17 @@ def test_it_learns():
     assert problem.loss(0) < 0.5 * fixed.loss(0)
 
 
+@every_stack
+def test_a_group_may_be_empty(stack):
+    problem, alone = Regression(4), Regression(4)
+    opt = hx.HyperOptimizer([{"params": problem.model.parameters()}, {"params": []}], stack)
+    problem.train(opt, range(4))
+    alone.train(hx.HyperOptimizer(alone.model.parameters(), stack), range(4))
+    assert same(problem, alone)
+    opt.load_state_dict(opt.state_dict())
+    assert opt.skipped_steps(1) == 0
+
+
 def test_parameters_stay_leaves_and_gradients_stay_as_they_were():
     problem = Regression(2)
     opt = hx.HyperOptimizer(problem.model.parameters(), STACK)

@@ -67,6 +67,15 @@ def test_more_than_one_buffer(monkeypatch):
         assert recorder.hyperparameters()[0]["lr"].tolist() == lrs
 
 
+def test_many_tensors_do_not_take_much_memory_at_once():
+    params = [torch.nn.Parameter(torch.ones(1)) for _ in range(3000)]
+    opt = hx.HyperOptimizer(params, hx.Adam(granularity="tensor") / hx.SGD())
+    recorder = hx.Recorder(opt, hook=False)
+    recorder.record()
+    assert sum(chunk.nbytes for chunk in recorder._tracks[0].chunks) <= 2**23
+    assert recorder.hyperparameters()[0]["lr"].shape == (1, 3000)
+
+
 def test_it_goes_on_after_a_checkpoint_and_can_be_closed():
     problem = Regression(10)
     opt = hx.HyperOptimizer(problem.model.parameters(), STACKS["three levels"])

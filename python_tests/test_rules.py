@@ -77,6 +77,25 @@ def test_opcheck_of_the_tower():
         torch.library.opcheck(op.default, ([group.tower], [sums], [group.plan], [group.bounds], [group.settings]))
 
 
+@pytest.mark.parametrize(("beta1", "momentum_decay"), [(0.9, 4e-3), (0.999, 1.0), (0.9999, 0.3), (0.99999, 50.0)])
+@pytest.mark.parametrize("step", [400, 20_000])
+def test_the_product_of_nadam_is_that_of_all_steps(beta1, momentum_decay, step):
+    """It is not made of all of them: see csrc/rules/nadam.h."""
+    case = RULE_CASES["nadam"]
+    values = {**case.hyper, "beta1": beta1, "momentum_decay": momentum_decay}
+    results = []
+    for name in ("nadam", "twin"):
+        h = {k: torch.tensor(v, dtype=torch.float64, requires_grad=True) for k, v in values.items()}
+        w, g, m, v = torch.rand(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        if name == "twin":
+            new, _ = TWINS["nadam"](w, g, {"exp_avg": m, "exp_avg_sq": v}, h, step)
+        else:
+            [new], _ = hx.functional.nadam([w], [g], {"exp_avg": [m], "exp_avg_sq": [v]}, h, torch.tensor(step))
+        results.append([new.detach(), *torch.autograd.grad(new.sum(), list(h.values()))])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-14)
+
+
 def test_every_rule_is_in_the_table():
     assert BUILT_IN == set(RULE_CASES) == set(TWINS)
     for case in CASES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -117,7 +118,37 @@ def test_trust_holds_at_every_step(base, learn, granularity, lr):
             assert change.norm() <= tau * max(old.norm(), 1e-3 * old.numel() ** 0.5) * (1 + 1e-9)
             assert change.norm() > 0
     bounded = opt.bounded_steps()[0]["lr"]
-    assert (bounded > 0).all() if lr == 10.0 else True
+    assert (bounded > 0).all() or lr < 10.0
+
+
+ANY = {"lr": (-float("inf"), float("inf"))}
+
+
+@pytest.mark.parametrize("lr", [100.0, -100.0])
+def test_trust_holds_for_a_negative_lr(lr):
+    p = torch.nn.Parameter(torch.ones(4, dtype=torch.float64))
+    opt = hx.HyperOptimizer([p], hx.SGD(learn="lr", bounds=ANY, trust=0.03) / hx.SGD(lr=1e-9))
+    opt.param_groups[0]["lr"].fill_(lr)
+    p.grad = torch.ones_like(p)
+    opt.step()
+    assert p.tolist() == pytest.approx([1 - math.copysign(0.03, lr)] * 4, rel=1e-12)
+    assert opt.hyperparameters()[0]["lr"].item() == pytest.approx(math.copysign(0.03, lr), rel=1e-12)
+    assert opt.bounded_steps()[0]["lr"] == 1
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_growth_is_of_the_size_of_a_negative_lr(sign):
+    """A move towards 0 is left alone, and one away from it is cut, on both sides of 0."""
+    p = torch.nn.Parameter(torch.ones(4, dtype=torch.float64))
+    opt = hx.HyperOptimizer([p], hx.SGD(learn="lr", bounds=ANY, growth=1.02) / hx.SGD(lr=1e-3))
+    lr = opt.param_groups[0]["lr"].fill_(0.1 * sign)
+    expected = 0.1 * sign
+    for grad, move in [(1.0, 0.0), (1.0, 4e-3), (-1.0, -4e-3)]:  # of lr, without a limit
+        p.grad = torch.full_like(p, grad)
+        opt.step()
+        expected = max(-1.02 * abs(expected), min(expected + move, 1.02 * abs(expected)))
+        assert lr.item() == pytest.approx(expected, rel=1e-12)
+    assert opt.bounded_steps()[0]["lr"] == 1
 
 
 def test_hyperparameters_for_each_tensor_are_optimizers_for_each_tensor():

@@ -1,7 +1,7 @@
 // The CPU kernels of a rule: one pass over a run of elements, for the update and for the hypergradient.
 //
-// The loops are plain; the compiler vectorises them, once for each instruction set in HX_CLONES, and the loader picks the
-// best one for the machine. What that needs: duals in registers (dual.h), a by-value copy of the prepared values, a
+// The loops are plain; the compiler vectorises them, once for each instruction set in HX_CLONES, and the loader picks
+// the best one for the machine. What that needs: duals in registers (dual.h), a by-value copy of the prepared values, a
 // promise that the tensors do not overlap (HX_INDEPENDENT), and -fassociative-math for the sums.
 #pragma once
 
@@ -38,8 +38,8 @@ void prepare(const double* hyper, double step, void* out) {
   new (out) P(to<Arithmetic<T>>(R::prepare(Hypers<S>{hyper}, step)));
 }
 
-// One step. With kDeferred the stored state is that before the last step (if there was one: last_prepared != null): it is
-// brought up to date first, and this step's advance is left to the next call.
+// One step. With kDeferred the stored state is that before the last step (if there was one: last_prepared != null): it
+// is brought up to date first, and this step's advance is left to the next call.
 template <class R, class T, unsigned Keep>
 HX_CLONES void update(const Slice& slice, const void* prepared, const void* last_prepared) {
   using P = Prepared<R, Arithmetic<T>, 0>;
@@ -120,9 +120,9 @@ HX_CLONES void settle(const Slice& slice, const void* last_prepared) {
   for (std::int64_t i = 0; i < slice.count; ++i) x.set_state(i, advance<R>(last, x.last_grad(i), x.state(i)));
 }
 
-// sums[k] += sum_i G_i z_i for the k-th hyperparameter of S, where z_i = d w_new_i / dh for the w_new that the last step
-// made. After these, unless Given, sum_i z_i^2 for each of them, and sum_i G_i^2.
-// Given: as in last_change(); last_param and last_grad are of the parameter's dtype then.
+// sums[k] += sum_i G_i z_i for the k-th hyperparameter of S, where z_i = d w_new_i / dh for the w_new that the last
+// step made. After these, unless Given, sum_i z_i^2 for each of them, and sum_i G_i^2. Given: as in last_change();
+// last_param and last_grad are of the parameter's dtype then.
 template <class R, class T, Mask S, bool Given>
 HX_CLONES void hypergradient(const Slice& slice, const void* prepared, double* sums) {
   using A = Arithmetic<T>;

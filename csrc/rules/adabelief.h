@@ -22,7 +22,8 @@ struct AdaBelief {
   static constexpr std::array<const char*, 2> state{"exp_avg", "exp_avg_var"};
   static constexpr std::array sets{bit(lr), bit(lr) | bit(beta1) | bit(beta2)};
 
-  // The denominator is sqrt(v) * factor + offset. Before there are enough samples to rectify, it is 1: SGD with momentum.
+  // The denominator is sqrt(v) * factor + offset. Before there are enough samples to rectify, it is 1: SGD with
+  // momentum.
   template <class H>
   HX_FN static auto prepare(const H& h, double step) {
     const auto power = pow(get<beta2>(h), step);

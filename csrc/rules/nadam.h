@@ -31,7 +31,11 @@ struct NAdam {
   HX_FN static auto prepare(const H& h, double step) {
     const auto now = momentum(h, step), next = momentum(h, step + 1.0);
     auto product = momentum(h, 1.0);
-    for (double i = 2.0; i <= step && (i == 2.0 || product.value > 1e-30); i += 1.0) product = product * momentum(h, i);
+    // Until the product is negligible, or its factors have grown to beta1.
+    double i = 2.0;
+    for (; i <= step && product.value > 1e-30 && momentum(h, i).value < get<beta1>(h).value; i += 1.0)
+      product = product * momentum(h, i);
+    if (i <= step) product = product * pow(get<beta1>(h), step - i + 1.0);
     return pack(get<lr>(h) * (1.0 - now) / (1.0 - product), get<lr>(h) * next / (1.0 - product * next), get<beta1>(h),
                 1.0 - get<beta1>(h), get<beta2>(h), 1.0 - get<beta2>(h), 1.0 / sqrt(1.0 - pow(get<beta2>(h), step)),
                 get<eps>(h), get<weight_decay>(h), get<lr>(h) * get<weight_decay>(h));

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from hyperopt_ext.stack import Level
+from hyperopt_ext.stack import Level, is_number
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -81,7 +81,7 @@ class Adagrad(Level):
     def __post_init__(self) -> None:
         super().__post_init__()
         value = self.initial_accumulator_value
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if not is_number(value):
             raise TypeError(f"Adagrad: initial_accumulator_value must be a number, not {value!r}")
         if not 0 <= value < math.inf:
             raise ValueError(f"Adagrad: initial_accumulator_value must be in [0, inf), not {value!r}")

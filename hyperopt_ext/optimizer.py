@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, overload
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 from weakref import WeakValueDictionary
 
 import torch
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from hyperopt_ext.recorder import Recorder
+
+Loss = TypeVar("Loss")  # what a closure returns: a float, or a tensor
 
 _POLICIES = ("hold", "skip", "raise")
 _UNPRINTED = ("params", "tower", "betas", "optimizer")
@@ -97,7 +99,7 @@ class HyperOptimizer(Optimizer):
     tower did, and :meth:`bounded_steps` how often ``bounds``, ``growth`` or ``trust`` cut a move.
 
     Raises:
-        TypeError: a parameter is not floating-point or not dense, or the stack is not one.
+        TypeError: a parameter is not floating-point or not dense, ``stack`` is not one, or ``maximize`` not a bool.
         ValueError: a parameter appears twice, a group spans devices, a hyperparameter is out of its range, or
             ``nonfinite`` is no policy.
     """
@@ -114,6 +116,7 @@ class HyperOptimizer(Optimizer):
         shard_group: ProcessGroup | None = None,
     ) -> None:
         self._shard_group = shard_group
+        self._groups: list[Group] = []
         stack = Stack.coerce(stack)
         values: dict[str, Any] = stack[0].values()
         if "beta1" in values:
@@ -149,29 +152,29 @@ class HyperOptimizer(Optimizer):
 
         They have no dimension, or, of a level with ``granularity="tensor"``, one number for each parameter.
         """
-        return [dict(level) for level in self._groups[group].hyperparameters]
+        return [dict(level) for level in self._group(group).hyperparameters]
 
     def in_use(self, group: int = 0) -> list[dict[str, Tensor]]:
         """The values that the most recent update was made with, as :meth:`hyperparameters` gives the learned ones.
 
         They differ where a scheduler or ``converge`` stands between the two, and in what ``trust`` lowers.
         """
-        return [dict(level) for level in self._groups[group].used]
+        return [dict(level) for level in self._group(group).used]
 
     def skipped_steps(self, group: int = 0) -> Tensor:
         """How many steps changed nothing, because a number was not finite: live, float64, 0-d, or one a tensor."""
-        return self._groups[group].count(_C.SKIPPED)
+        return self._group(group).count(_C.SKIPPED)
 
     def held_steps(self, group: int = 0) -> Tensor:
         """How many steps left the tower alone, because a hypergradient was not finite: as :meth:`skipped_steps`."""
-        return self._groups[group].count(_C.HELD)
+        return self._group(group).count(_C.HELD)
 
     def bounded_steps(self, group: int = 0) -> list[dict[str, Tensor]]:
         """How many moves of each hyperparameter were cut, one dict a level: live.
 
         By ``bounds``, those that are there by default included, by ``growth`` or by ``trust``.
         """
-        return [dict(level) for level in self._groups[group].bounded]
+        return [dict(level) for level in self._group(group).bounded]
 
     def export(
         self,
@@ -207,9 +210,9 @@ class HyperOptimizer(Optimizer):
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         """One step of every level, from the gradients in ``p.grad``.
 
         Args:
@@ -233,8 +236,7 @@ class HyperOptimizer(Optimizer):
         if torch.compiler.is_compiling():
             _create_state(self._key)
         else:
-            if any(g.group["params"] is not g.params for g in self._groups):
-                self._adopt_parameters()
+            self._adopt_groups()
             if not self.state and self._is_rehearsal():
                 _create_state(self._key)
                 return loss
@@ -255,11 +257,22 @@ class HyperOptimizer(Optimizer):
             self.state.update(update.new)
         return loss
 
-    def _adopt_parameters(self) -> None:
-        """Trainers that shard a model after they got its optimizer put new lists of parameters in place."""
-        for group in self._groups:
-            group.adopt_assignments()
-        self._attach()
+    def _adopt_groups(self) -> None:
+        """Groups may have been taken out, and trainers that shard a model put new lists of parameters in place."""
+        groups: list[dict[str, Any]] = self.__dict__["param_groups"]
+        if len(groups) != len(self._groups) or any(
+            g.group is not group or g.params is not group["params"] or (g.row_of and len(g.row_of) != len(g.params))
+            for g, group in zip(self._groups, groups, strict=True)
+        ):
+            for g in self._groups:
+                g.adopt_assignments()
+            self._attach_all()
+
+    def _group(self, index: int) -> Group:
+        self._adopt_groups()
+        if not -len(self._groups) <= index < len(self._groups):
+            raise IndexError(f"group is {index}, but this optimizer has {len(self._groups)} param groups")
+        return self._groups[index]
 
     def _is_rehearsal(self) -> bool:
         """Whether this is no step, but how torch.distributed.checkpoint makes an optimizer create its state.
@@ -267,14 +280,21 @@ class HyperOptimizer(Optimizer):
         It puts a tensor of 0 in the place of each lr, calls ``step()`` with gradients of 0 and puts the old lr back.
         """
         assigned = [(g.group["lr"], g.entries["lr"]) for g in self._groups if "lr" in g.entries]
-        return bool(assigned) and all(
+        if not assigned or not all(
             isinstance(lr, Tensor) and lr is not live and lr.numel() == 1 and lr.item() == 0 for lr, live in assigned
-        )
+        ):
+            return False
+        grads = [p.grad for g in self._groups for p in g.params if p.grad is not None]
+        some = any(bool(distributed.local(grad).any()) for grad in grads)
+        moves = torch.tensor([float(some)], dtype=torch.float64, device=self._groups[0].tower.device)
+        return not (moves if self._reduction is None else self._reduction.add_up([moves])[0]).any()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, with a tower of its own. See :class:`HyperOptimizer` for what it may hold."""
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, not {type(param_group).__name__}")
+        if "params" not in param_group:
+            raise ValueError(f"param_group has no 'params': it holds {', '.join(map(repr, param_group)) or 'nothing'}")
         group = dict(param_group)
         if isinstance(group["params"], Tensor):
             group["params"] = [group["params"]]
@@ -284,9 +304,13 @@ class HyperOptimizer(Optimizer):
         policy = group.get("nonfinite", self.defaults["nonfinite"])
         if policy is not None and policy not in _POLICIES:
             raise ValueError(f"nonfinite is {policy!r}, but the policies are {', '.join(map(repr, _POLICIES))}")
+        maximize = group.get("maximize", self.defaults["maximize"])
+        if not isinstance(maximize, bool):
+            raise TypeError(f"maximize must be True or False, not {maximize!r}")
         device = self._check_params(group["params"])
         added = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
-        distributed.Reduction([*(p for g in self.param_groups for p in g["params"]), *added], self._shard_group)
+        present = [p for g in self.param_groups for p in g["params"]]
+        reduction = distributed.Reduction.of([*present, *added], self._shard_group)
         if self._shard_group is not None:
             if stack[0].granularity == "tensor":
                 raise ValueError(
@@ -307,7 +331,7 @@ class HyperOptimizer(Optimizer):
         if optimizer is not None:
             group["optimizer"] = optimizer
         group["tower"] = new_tower(stack, group["params"], device)
-        self._attach()
+        self._attach(group, reduction)
 
     def _stack_for(self, group: dict[str, Any]) -> Stack:
         """The stack of a new group; takes the arguments of its first level out of the group."""
@@ -345,15 +369,20 @@ class HyperOptimizer(Optimizer):
             seen[p], device = i, p.device
         return device
 
-    def _attach(self) -> None:
+    def _attach_all(self) -> None:
         """Rebuilds what is derived from the param groups."""
-        self._groups = [Group(group) for group in self.param_groups]
-        params = [p for group in self.param_groups for p in group["params"]]
-        self._reduction = distributed.Reduction.of(params, self._shard_group)
+        groups, self._groups = self.param_groups, []
+        reduction = distributed.Reduction.of([p for group in groups for p in group["params"]], self._shard_group)
+        for group in groups:
+            self._attach(group, reduction)
+
+    def _attach(self, group: dict[str, Any], reduction: distributed.Reduction | None) -> None:
+        """Adds what is derived from a param group; ``reduction`` is that of all groups."""
+        self._reduction = reduction
         self._key = str(id(self))  # of an int, dynamo would make a symbol
         _alive[self._key] = self
-        for group in self._groups:
-            group.link()
+        self._groups.append(Group(group))
+        self._groups[-1].link()
 
     def __getstate__(self) -> dict[str, Any]:
         if self._shard_group is not None:
@@ -364,7 +393,7 @@ class HyperOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if all(isinstance(group["stack"], Stack) for group in self.param_groups):  # else load_state_dict() attaches
-            self._attach()
+            self._attach_all()
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch.optim. A group holds its ``tower`` (all levels) and, as a string, the structure of its stack."""
@@ -385,7 +414,10 @@ class HyperOptimizer(Optimizer):
 
         Raises:
             ValueError: the state dict is of another stack, or of parameters of other shapes. Nothing is changed then.
+            TypeError: it is no dict, or one of its hyperparameters is no number. Nothing is changed then.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be what state_dict() gave, not {type(state_dict).__name__}")
         own = [{name: group[name] for name in _OWN if name in group} for group in self.param_groups]
         schedules = [None if g.initial is None else (g.entries["lr"], g.initial) for g in self._groups]
         loaded: dict[str, Any] = {}
@@ -424,11 +456,11 @@ class HyperOptimizer(Optimizer):
             group.update(mine)
             if schedule is not None and "initial_lr" not in group:  # this optimizer has a scheduler, the other had none
                 group.update(lr=schedule[0], initial_lr=schedule[1])
-        self._attach()
+        self._attach_all()
         for attached, values in zip(self._groups, saved, strict=True):
-            for name, live in attached.hyperparameters[0].items():
+            for name, value in attached.edited(values).items():
                 if name != "lr" or "initial_lr" not in values or attached.initial is None:
-                    live.copy_(values.get(name, live))  # the caller may have edited them
+                    attached.hyperparameters[0][name].copy_(value)
         keys = [key for group in loaded["param_groups"] for key in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for key, p in zip(keys, params, strict=True):
@@ -449,6 +481,9 @@ class HyperOptimizer(Optimizer):
             ours = group["stack"].structure()
             if "stack" not in saved:
                 raise ValueError("state_dict is not that of a HyperOptimizer: its param groups name no stack")
+            for name in ("params", "maximize", "nonfinite"):
+                if name not in saved:
+                    raise ValueError(f"state_dict: param group {i} has no {name!r}, which state_dict() gave it")
             if saved["stack"] != ours:
                 raise ValueError(
                     f"state_dict: param group {i} is of the stack {saved['stack']!r}, but this optimizer's is {ours!r}"
@@ -462,11 +497,20 @@ class HyperOptimizer(Optimizer):
             if shape != expected:
                 found = "no tower" if shape is None else f"a tower of the shape {tuple(shape)}"
                 raise ValueError(f"state_dict: param group {i} has {found}, but this optimizer needs {tuple(expected)}")
+            self._groups[i].edited(saved)
+            if "optimizer" in group:
+                inner = saved.get("optimizer")
+                if not isinstance(inner, Mapping) or [len(g["params"]) for g in inner.get("param_groups", [])] != [
+                    len(group["params"])
+                ]:
+                    raise ValueError(f"state_dict: param group {i} has no state dict of its {group['stack'][0]}")
             names = ["step", "tick", *self._groups[i].states, *self._groups[i].records]
             for j, (key, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
                 state = state_dict["state"].get(key)
                 if state is None:
                     continue
+                if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+                    raise ValueError(f"state_dict: the state of parameter {j} of group {i} must be a dict of tensors")
                 if sorted(state) != sorted(names):
                     raise ValueError(
                         f"state_dict: the state of parameter {j} of group {i} holds {', '.join(state)}, "

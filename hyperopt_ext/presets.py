@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hyperopt_ext.levels import SGD, Adam, AdamW
 from hyperopt_ext.optimizer import HyperOptimizer
-from hyperopt_ext.stack import Level, Stack
+from hyperopt_ext.stack import Level, Stack, is_number
 
 # Larger than any lr that `trust` lets pass: the first step lowers it.
 _ANY_LR = 1e20
@@ -64,11 +64,11 @@ def auto(
         ValueError: an unknown ``base``, or a value out of its range.
         TypeError: an unknown argument.
     """
-    if isinstance(base, int | float):
+    if is_number(base):
         raise TypeError(f"auto: base must be one of {', '.join(map(repr, _BASES))}, not {base!r}; write lr={base!r}")
     if str(base).lower() not in _BASES:
         raise ValueError(f"auto: base is {base!r}, but the bases are {', '.join(map(repr, _BASES))}")
-    if lr is not None and (isinstance(lr, bool) or not isinstance(lr, int | float)):
+    if lr is not None and not is_number(lr):
         raise TypeError(f"auto: lr must be a number or None, not {lr!r}")
     if lr is not None and not lr > 0:
         raise ValueError(f"auto: lr must be greater than 0, since its logarithm is learned, not {lr!r}")

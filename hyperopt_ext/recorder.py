@@ -93,6 +93,14 @@ class Recorder:
             for track in self._tracks:
                 track.record()
 
+    def _track(self, group: int) -> _Track:
+        if not -len(self._tracks) <= group < len(self._tracks):
+            raise IndexError(
+                f"group is {group}, but {len(self._tracks)} param groups are recorded, those that the optimizer had "
+                "when the Recorder was made"
+            )
+        return self._tracks[group]
+
     def close(self) -> None:
         """Records no more. What was recorded stays."""
         if self._handle is not None:
@@ -105,18 +113,18 @@ class Recorder:
     @property
     def steps(self) -> Tensor:
         """The step of each record, from 1: int64 [records]."""
-        return torch.arange(len(self)) * self.every + 1
+        return torch.arange(len(self), device="cpu") * self.every + 1
 
     def hyperparameters(self, group: int = 0) -> list[dict[str, Tensor]]:
         """What :meth:`HyperOptimizer.hyperparameters` gave after each step, on the CPU.
 
         Float64 [records], or, of a level with ``granularity="tensor"``, [records, parameters].
         """
-        return self._tracks[group].read("learned")
+        return self._track(group).read("learned")
 
     def in_use(self, group: int = 0) -> dict[str, Tensor]:
         """The values of the first level that each step was made with, as :meth:`HyperOptimizer.in_use`."""
-        return self._tracks[group].read("used")[0]
+        return self._track(group).read("used")[0]
 
     def curves(self) -> dict[str, Tensor]:
         """All that was learned, or changed otherwise, by name: float64 [records] or [records, parameters].
@@ -164,7 +172,7 @@ class Recorder:
             for name, curve in curves.items():
                 middle, used = curve, name.endswith(_IN_USE)
                 if curve.dim() > 1:
-                    low, middle, high = curve.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=curve.dtype), dim=1)
+                    low, middle, high = curve.quantile(curve.new_tensor([0.1, 0.5, 0.9]), dim=1)
                     axes.fill_between(x, low.numpy(), high.numpy(), alpha=0.2, linewidth=0)
                 axes.plot(
                     x, middle.numpy(), "--" if used else "-", linewidth=1.2, label="in use" if used else "learned"
@@ -211,9 +219,12 @@ def summary(opt: HyperOptimizer, group: int = 0) -> dict[str, str]:
     ``{"lr": "0.0031", "beta1": "0.91"}``; a second level's are ``"1/lr"``, and so on. Of a level with a value for each
     tensor: the smallest and the largest. Reads all values at once, which waits for the device: not at every step.
     """
+    if not isinstance(opt, HyperOptimizer):
+        raise TypeError(f"summary: opt must be a HyperOptimizer, not {type(opt).__name__}")
+    learned = opt.hyperparameters(group)
     stack = opt.param_groups[group]["stack"]
     names, views = [], []
-    for k, (level, values) in enumerate(zip(stack.levels[:-1], opt.hyperparameters(group), strict=False)):
+    for k, (level, values) in enumerate(zip(stack.levels[:-1], learned, strict=False)):
         for name in level.learn_names:
             names.append(name if k == 0 else f"{k}/{name}")
             views.append(torch.stack(values[name].reshape(-1).aminmax()))

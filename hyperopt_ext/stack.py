@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, MISSING, Field, dataclass, field, fields, replace
 from difflib import get_close_matches
 from itertools import pairwise
+from numbers import Real
 from typing import Any, ClassVar, TypeGuard
 
 import torch
@@ -33,8 +34,8 @@ _OPEN_END = 2.0**-30
 _GRANULARITIES = ("group", "tensor")
 
 
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, Real) and not isinstance(value, bool)  # numpy's scalars, too
 
 
 def _known(level: str, argument: str, names: Sequence[str], known: Sequence[str]) -> None:
@@ -155,8 +156,12 @@ class Level:
             if not isinstance(self.learn, Collection):
                 raise TypeError(f"{type(self).__name__}: learn must be a name or several, not {self.learn!r}")
             object.__setattr__(self, "learn", tuple(self.learn))
+        me = type(self).__name__
+        for name in (*self.structural(), "normalize"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{me}: {name} must be True or False, not {getattr(self, name)!r}")
         hypers = RULES[self.rule]["hypers"]
-        known, me = [h["name"] for h in hypers], type(self).__name__
+        known = [h["name"] for h in hypers]
         for argument, names in [("learn", self.learn or ()), ("space", self.space), ("bounds", self.bounds)]:
             _known(me, argument, list(names), known)
         _known(me, "initial_state", list(self.initial_state), RULES[self.rule]["state"] or ["no state"])
@@ -167,27 +172,25 @@ class Level:
     def _check_safeguards(self, me: str) -> None:
         for name, low in [("clip", 0.0), ("growth", 1.0), ("trust", 0.0)]:
             value = getattr(self, name)
-            if value is not None and not (_is_number(value) and low < value < math.inf):
+            if value is not None and not (is_number(value) and low < value < math.inf):
                 raise ValueError(f"{me}: {name} must be None or a number greater than {low:g}, not {value!r}")
         if isinstance(self.horizon, list):
             object.__setattr__(self, "horizon", tuple(self.horizon))
         horizon = self.horizon if isinstance(self.horizon, tuple) else (self.horizon,)
         steps, part = (horizon or (None,))[0], horizon[1:]
-        if not horizon or len(part) > 1 or not all(_is_number(p) and 0 <= p < math.inf for p in part):
+        if not horizon or len(part) > 1 or not all(is_number(p) and 0 <= p < math.inf for p in part):
             raise ValueError(
                 f"{me}: horizon must be a number of steps, or (steps, part >= 0) as (100, 0.25), not {self.horizon!r}"
             )
         for name, value, least in [("horizon", steps, 1), ("burn_in", self.burn_in, 0)]:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{me}: {name} must be a whole number of steps, at least {least}, not {value!r}")
-        if not isinstance(self.normalize, bool):
-            raise TypeError(f"{me}: normalize must be True or False, not {self.normalize!r}")
         if self.granularity not in _GRANULARITIES:
             known = ", ".join(map(repr, _GRANULARITIES))
             raise ValueError(f"{me}: granularity is {self.granularity!r}, but the granularities are {known}")
         if self.converge is not None:
             pair = (
-                isinstance(self.converge, Sequence) and len(self.converge) == 2 and all(map(_is_number, self.converge))
+                isinstance(self.converge, Sequence) and len(self.converge) == 2 and all(map(is_number, self.converge))
             )
             if not pair or not (0 <= self.converge[0] < math.inf and 0 < self.converge[1] < math.inf):
                 raise ValueError(
@@ -197,7 +200,7 @@ class Level:
 
     def _check_value(self, me: str, h: _C.HyperparameterInfo, value: object) -> None:
         name, low, high = h["name"], h["low"], h["high"]
-        if not _is_number(value):
+        if not is_number(value):
             raise TypeError(f"{me}: {name} must be a number, not {value!r}")
         if not (low <= value < high and math.isfinite(value)):
             raise ValueError(f"{me}: {name} must be in [{low:g}, {high:g}), not {value!r}")
@@ -213,7 +216,7 @@ class Level:
                 f"{me}: {name} = 0 cannot be left in the coordinate {space!r}; start from more, or choose another space"
             )
         bounds = self.bounds.get(name, (low, high))
-        pair = isinstance(bounds, Sequence) and len(bounds) == 2 and all(isinstance(b, int | float) for b in bounds)
+        pair = isinstance(bounds, Sequence) and len(bounds) == 2 and all(map(is_number, bounds))
         if not pair or not bounds[0] <= bounds[1]:
             raise ValueError(f"{me}: bounds[{name!r}] must be two numbers, low <= high, not {bounds!r}")
         if not bounds[0] <= value <= bounds[1]:

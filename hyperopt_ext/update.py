@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_ext import _C, distributed
-from hyperopt_ext.stack import Level, Stack
+from hyperopt_ext.stack import Level, Stack, is_number
 
 
 def state_dtype(p: Tensor, name: str) -> torch.dtype:
@@ -37,6 +37,21 @@ def _foreign_levels(plan: list[int]) -> list[tuple[int, int]]:
     return [(k, rule[k + 1]) for k in range(len(rule) - 1) if built_in[k + 1] < 0]
 
 
+def _assigned(name: str, value: Any, live: Tensor) -> Tensor:
+    """What a caller put in the place of a hyperparameter's live value, to be copied there."""
+    if isinstance(value, Tensor) and value.numel() in (1, live.numel()):
+        return value.reshape(()) if value.numel() == 1 else value
+    if not is_number(value):
+        raise TypeError(f"param group: {name} must be a number or a tensor of one, not {value!r}")
+    return torch.tensor(value, dtype=live.dtype, device="cpu")
+
+
+def _pair(betas: Any) -> tuple[Any, Any]:
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise TypeError(f"param group: betas must be two numbers, not {betas!r}")
+    return betas[0], betas[1]
+
+
 class Group:
     """What ``step()`` needs of a param group: its tower, and the operators of its first rule."""
 
@@ -46,6 +61,11 @@ class Group:
         self.group, self.stack = group, stack
         self.params: list[Tensor] = group["params"]
         self.tower: Tensor = group["tower"]
+        if base.granularity == "tensor" and len(self.params) != len(self.tower):
+            raise ValueError(
+                f"param group: {base} has hyperparameters for each of {len(self.tower)} tensors, but there are "
+                f"{len(self.params)} now; use add_param_group()"
+            )
         self.learn = base.learn_mask() if len(stack) > 1 else 0
         self.horizon = base.horizons()
         self.nonfinite: str | None = group["nonfinite"]
@@ -127,24 +147,27 @@ class Group:
     def adopt_assignments(self) -> None:
         """``group["lr"] = 0.1`` is ``group["lr"].fill_(0.1)``: the entry is a view of the tower again."""
         if self.betas is not None:
-            betas = self.group["betas"]
-            if not isinstance(betas, tuple | list) or len(betas) != 2:
-                raise TypeError(f"param group: betas must be two numbers, not {betas!r}")
-            beta1, beta2 = betas
-            if beta1 is not self.betas[0] or beta2 is not self.betas[1]:
-                self.group.update(beta1=beta1, beta2=beta2, betas=self.betas)
+            betas = _pair(self.group["betas"])
+            if betas[0] is not self.betas[0] or betas[1] is not self.betas[1]:
+                self.group.update(beta1=betas[0], beta2=betas[1], betas=self.betas)
         for name, live in self.entries.items():
             value = self.group.get(name)
-            if value is live:
-                continue
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number and not (isinstance(value, Tensor) and value.numel() in (1, live.numel())):
-                raise TypeError(f"param group: {name} must be a number or a tensor of one, not {value!r}")
-            value = value if isinstance(value, Tensor) else torch.tensor(value, dtype=live.dtype)
-            live.copy_(value.reshape(()) if value.numel() == 1 else value)
-            self.group[name] = live
+            if value is not live:
+                live.copy_(_assigned(name, value, live))
+                self.group[name] = live
         if self.initial is not None:
             self.schedule.copy_(self.entries["lr"] / self.initial)
+
+    def edited(self, saved: dict[str, Any]) -> dict[str, Tensor]:
+        """The values of the first level in a param group of a state dict, where the caller may have edited them."""
+        live = self.hyperparameters[0]
+        values = {name: _assigned(name, saved[name], live[name]) for name in live if name in saved}
+        if self.betas is not None and "betas" in saved:
+            for name, beta in zip(("beta1", "beta2"), _pair(saved["betas"]), strict=True):
+                value = _assigned(name, beta, live[name]).to(live[name])
+                if not torch.equal(value.expand_as(live[name]), live[name]):  # else beta1 may be what was edited
+                    values[name] = value
+        return values
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
         start = {"step": 0, "tick": -1, **self.states, **dict.fromkeys(self.records, 0)}

@@ -86,6 +86,20 @@ def param(*shape, **kw):
         (lambda: hx.Adam(horizon=()), ValueError, "Adam: horizon must be a number of steps, or"),
         (lambda: hx.Adam(burn_in=-1), ValueError, "Adam: burn_in must be a whole number of steps, at least 0"),
         (lambda: hx.Adam(normalize=1), TypeError, "Adam: normalize must be True or False"),
+        (lambda: hx.SGD(momentum=0.9, nesterov="no"), TypeError, "SGD: nesterov must be True or False, not 'no'"),
+        (lambda: hx.HyperOptimizer([param()], hx.Adam(), maximize="no"), TypeError, "maximize must be True or False"),
+        (
+            lambda: hx.HyperOptimizer([{"params": [param()], "maximize": 1}], hx.Adam()),
+            TypeError,
+            "maximize must be True or False",
+        ),
+        (lambda: hx.HyperOptimizer([{"lr": 0.1}], hx.Adam()), ValueError, "has no 'params': it holds 'lr'"),
+        (
+            lambda: hx.HyperOptimizer([param()], hx.Adam()).hyperparameters(1),
+            IndexError,
+            "group is 1, but this optimizer has 1 param groups",
+        ),
+        (lambda: hx.HyperOptimizer([param()], hx.Adam()).load_state_dict("last.pt"), TypeError, "not str"),
         (lambda: hx.Adam(granularity="layer"), ValueError, "the granularities are 'group', 'tensor'"),
         (lambda: hx.Adam(converge=0.1), ValueError, "Adam: converge must be .limit >= 0, steps > 0"),
         (lambda: hx.Adam(converge=(0.1, 0)), ValueError, "Adam: converge must be"),
@@ -253,6 +267,12 @@ BAD_STATE_DICTS = {
     "a torch.optim state": (lambda opt: torch.optim.Adam(other()).state_dict(), "not that of a HyperOptimizer"),
     "an empty dict": (lambda opt: {}, "0 param groups"),
     "no state": (lambda opt: {"param_groups": opt.state_dict()["param_groups"]}, "has no 'state'"),
+    "no parameters": (another_dict(lambda d: d["param_groups"][0].pop("params")), "param group 0 has no 'params'"),
+    "no policy": (another_dict(lambda d: d["param_groups"][0].pop("nonfinite")), "param group 0 has no 'nonfinite'"),
+    "no number": (another_dict(lambda d: d["param_groups"][0].update(lr="0.1")), "lr must be a number"),
+    "many numbers": (another_dict(lambda d: d["param_groups"][0].update(lr=torch.ones(3))), "lr must be a number"),
+    "one beta": (another_dict(lambda d: d["param_groups"][0].update(betas=0.9)), "betas must be two numbers"),
+    "no tensor": (another_dict(lambda d: d["state"][0].update(exp_avg=None)), "parameter 0 of group 0 must be a dict"),
     "no tower": (
         another_dict(lambda d: d["param_groups"][0].pop("tower")),
         "param group 0 has no tower, but this optimizer",
@@ -272,7 +292,7 @@ def test_a_state_dict_that_does_not_fit_changes_nothing(bad):
     make, words = BAD_STATE_DICTS[bad]
     state_dict = make(opt)
     before = snapshot(problem, opt)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         opt.load_state_dict(state_dict)
     assert_unchanged(before, problem, opt)
     problem.train(opt, range(3, 5))

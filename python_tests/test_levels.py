@@ -35,6 +35,8 @@ def test_levels_are_values(level):
     assert eval(repr(level), vars(hx)) == level
     assert copy.deepcopy(level) == level == pickle.loads(pickle.dumps(level))
     assert hash(copy.deepcopy(level)) == hash(level)
+    assert level.replace(lr=1) == level.replace(lr=1.0)
+    assert hash(level.replace(lr=1)) == hash(level.replace(lr=1.0))
     assert level != level.replace(lr=0.123)
     with pytest.raises(AttributeError):
         level.lr = 1.0

@@ -6,12 +6,14 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from problems import Regression
 
 import hyperopt_ext as hx
-from hyperopt_ext import _C
+from hyperopt_ext import _C, optimizer
+from hyperopt_ext.update import Group
 
 STACK = hx.Adam(lr=1e-2) / hx.SGD(lr=1e-4, momentum=0.5) / hx.SGD(lr=1e-6)
 LR_ONLY = hx.Adam(lr=1e-2, learn="lr") / hx.SGD(lr=1e-4)
@@ -160,6 +162,41 @@ def test_a_group_may_have_a_stack_of_its_own_and_come_later():
     assert lr == opt.param_groups[0]["lr"]  # still live
 
 
+def test_a_group_costs_as_much_as_the_one_before(monkeypatch):
+    made = []
+    monkeypatch.setattr(optimizer, "Group", lambda group: made.append(group) or Group(group))
+    opt = hx.HyperOptimizer([{"params": [torch.nn.Parameter(torch.ones(2))]} for _ in range(30)], STACK)
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+    assert len(made) == 31
+
+
+def test_a_group_that_was_taken_out_is_not_trained():
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+    opt = hx.HyperOptimizer([{"params": [p], "lr": 0.1 * (i + 1)} for i, p in enumerate(params)], SGD)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    before = [p.clone() for p in params]
+    opt.param_groups[2]["lr"] = 0.5
+    del opt.param_groups[1]
+    assert [opt.hyperparameters(i)[0]["lr"].item() for i in range(2)] == [opt.param_groups[0]["lr"].item(), 0.5]
+    opt.step()
+    assert [torch.equal(p, q) for p, q in zip(params, before, strict=True)] == [False, True, False]
+
+
+@pytest.mark.parametrize("change", [lambda params, p: params.append(p), lambda params, p: [*params, p]])
+def test_a_tensor_too_many_for_towers_of_their_own(change):
+    p, q = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    opt = hx.HyperOptimizer([p], TENSORS)
+    p.grad = q.grad = torch.ones(2)
+    opt.step()
+    group = opt.param_groups[0]
+    group["params"] = change(group["params"], q) or group["params"]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="for each of 1 tensors, but there are 2 now; use add_param_group"):
+            opt.step()
+
+
 def test_named_parameters():
     problem = Regression(3)
     opt = hx.HyperOptimizer(problem.model.named_parameters(), STACK)
@@ -209,6 +246,43 @@ def test_assigning_to_a_group_is_writing():
     opt.param_groups[0]["lr"] = "fast"
     with pytest.raises(TypeError, match="param group: lr must be a number"):
         opt.step()
+
+
+@pytest.mark.parametrize("number", [np.float32(0.25), np.float64(0.25), np.int64(1), 1])
+def test_numbers_of_numpy_are_numbers(number):
+    opt = hx.HyperOptimizer([torch.nn.Parameter(torch.ones(2))], hx.SGD(lr=number, bounds={"lr": (number, 2 * number)}))
+    assert opt.hyperparameters()[0]["lr"] == float(number)
+    opt.param_groups[0]["weight_decay"] = number
+    opt.step()
+    assert opt.hyperparameters()[0]["weight_decay"] == float(number)
+
+
+def test_the_default_device_does_not_matter():
+    p = torch.nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    with torch.device("meta"):
+        opt = hx.HyperOptimizer([p], STACK)
+        recorder = hx.Recorder(opt)
+        opt.param_groups[0]["lr"] = 0.25
+        opt.step()
+        opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+        opt.step()
+        assert recorder.steps.tolist() == [1, 2]
+    assert opt.hyperparameters()[0]["lr"].device == p.device
+    assert bool((p < 0.6).all())
+
+
+def test_a_first_step_of_an_lr_of_0_is_a_step():
+    """Though torch.distributed.checkpoint lets an optimizer create its state by a step of such an lr."""
+    p, q = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    opt = hx.HyperOptimizer([p], hx.SGD(lr=0.1, momentum=0.9) / hx.SGD(lr=0.0))
+    plain = torch.optim.SGD([q], lr=0.1, momentum=0.9)
+    for lr in (0.0, 0.1, 0.1):
+        p.grad, q.grad = p.detach().clone(), q.detach().clone()
+        for o in (opt, plain):
+            o.param_groups[0]["lr"] = torch.tensor(lr)
+            o.step()
+    torch.testing.assert_close(p, q)
 
 
 def test_betas_are_beta1_and_beta2():
@@ -387,6 +461,11 @@ def test_an_edited_value_in_a_state_dict_counts():
     state_dict["param_groups"][0]["lr"] = 0.25
     opt.load_state_dict(state_dict)
     assert opt.hyperparameters()[0]["lr"] == 0.25
+    for edit in ({"betas": (0.5, 0.75)}, {"beta1": 0.5, "beta2": torch.tensor([0.75])}):
+        other = copy.deepcopy(state_dict)
+        other["param_groups"][0].update(edit)
+        opt.load_state_dict(other)
+        assert [opt.hyperparameters()[0][name].item() for name in ("lr", "beta1", "beta2")] == [0.25, 0.5, 0.75]
 
 
 @every_learning_stack

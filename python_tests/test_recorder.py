@@ -258,7 +258,16 @@ def optimizer(*stacks):
     return hx.HyperOptimizer([{"params": [p], "stack": s} for p, s in zip(params, stacks, strict=True)], hx.Adam())
 
 
+def added_later():
+    opt = optimizer(hx.Adam())
+    recorder = hx.Recorder(opt)
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+    return recorder
+
+
 WRONG = [
+    (lambda: added_later().hyperparameters(1), IndexError, "but 1 param groups are recorded"),
+    (lambda: hx.summary(torch.optim.SGD([torch.ones(1)])), TypeError, "summary: opt must be a HyperOptimizer, not SGD"),
     (lambda: hx.Recorder(torch.optim.SGD([torch.ones(1)])), TypeError, "opt must be a HyperOptimizer, not SGD"),
     (lambda: hx.Recorder(optimizer(hx.Adam()), every=0), ValueError, "every must be a whole number of steps"),
     (lambda: optimizer(hx.Lion()).export(), TypeError, "torch.optim has no Lion"),

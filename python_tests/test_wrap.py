@@ -289,6 +289,12 @@ def test_a_state_dict_of_another_optimizer_is_refused():
     other = hx.HyperOptimizer(matrices(problem), hx.Wrap(torch.optim.Adafactor) / hx.SGD())
     with pytest.raises(ValueError, match=r"is of the stack 'Wrap\[Adafactor\].*this optimizer's is 'Wrap\[Muon\]"):
         opt.load_state_dict(other.state_dict())
+    for inner in (None, {"param_groups": []}):
+        state_dict, tower = opt.state_dict(), opt.param_groups[0]["tower"].clone()
+        state_dict["param_groups"][0]["optimizer"] = inner
+        with pytest.raises(ValueError, match="param group 0 has no state dict of its Muon"):
+            opt.load_state_dict(state_dict)
+        assert torch.equal(opt.param_groups[0]["tower"], tower)
 
 
 def test_printing():

@@ -57,7 +57,8 @@ class Level:
             choice for betas) or ``"multiplicative"`` (h = exp x, but a move by d multiplies h by 1 + d: with
             ``normalize``, the multiplicative rule of Baydin et al., ICLR 2018). Default: tanh for betas, log for eps,
             linear for all others.
-        bounds: for each name, ``(low, high)`` that a learned value is projected to. Default: its valid range, so that a
+        bounds: for each name, ``(low, high)``, ends included, that a learned value is projected to; what its coordinate
+            cannot reach is cut off, and a high of 1 keeps a beta 1e-9 below it. Default: its valid range, so that a
             learning rate does not turn negative and a beta does not reach 1.
         initial_state: for each state tensor of the rule, the number that it starts from. Default: 0.
         horizon: how many steps back a hypergradient looks, >= 1. With 1 it is that of the paper, which judges a step
@@ -238,12 +239,14 @@ class Level:
         return [self.space.get(h["name"], h["space"]) for h in RULES[self.rule]["hypers"]]
 
     def limits(self) -> list[tuple[float, float]]:
-        """The bounds of each hyperparameter of the rule."""
-        result = []
-        for h in RULES[self.rule]["hypers"]:
+        """The bounds of each hyperparameter of the rule: short of an open end, and within the coordinate if learned."""
+        result, learned = [], self.learn_names
+        for h, space in zip(RULES[self.rule]["hypers"], self.coordinates(), strict=True):
             low, high = self.bounds.get(h["name"], (h["low"], h["high"]))
-            open_end = h["name"] not in self.bounds and math.isfinite(high)
-            result.append((float(low), high * (1 - _OPEN_END) if open_end else float(high)))
+            if high == h["high"] < math.inf:
+                high *= 1 - _OPEN_END
+            least, most = _RANGES[space] if h["name"] in learned else _RANGES["linear"]
+            result.append((float(max(low, least)), float(min(high, most))))
         return result
 
     def start(self) -> dict[str, float]:

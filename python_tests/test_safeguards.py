@@ -289,6 +289,39 @@ def test_a_learning_rate_does_not_turn_negative_and_says_so():
     assert opt.bounded_steps()[0]["lr"] == 2
 
 
+@pytest.mark.parametrize(
+    ("level", "name"),
+    [(hx.Adam, "beta1"), (hx.Adam, "beta2"), (hx.Adadelta, "rho"), (hx.RMSprop, "alpha"), (hx.SGD, "momentum")],
+)
+@pytest.mark.parametrize("space", ["linear", "tanh"])
+def test_a_bound_of_one_keeps_a_coefficient_below_one(level, name, space):
+    """At 1 the bias correction divides by 0."""
+    momentum = {"momentum": 0.5} if level is hx.SGD else {}
+    base = level(learn=name, bounds={name: (0.0, 1.0)}, space={name: space}, **momentum)
+    w = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    opt = hx.HyperOptimizer([w], base / hx.SGD(lr=0.0))
+    opt.hyperparameters()[0][name].fill_(1.0)
+    for _ in range(3):
+        w.grad = torch.ones_like(w)
+        opt.step()
+    assert opt.hyperparameters()[0][name] == 1 - 2.0**-30
+    assert w.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("space", "written", "taken"),
+    [("log", -1.0, 0.0), ("square", -1.0, 0.0), ("softplus", -1.0, 0.0), ("tanh", 2.0, 1.0)],
+)
+def test_bounds_end_where_the_coordinate_does(space, written, taken):
+    w = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+    opt = hx.HyperOptimizer([w], hx.SGD(lr=0.1, space={"lr": space}, bounds={"lr": (-3.0, 3.0)}) / hx.SGD(lr=0.1))
+    opt.hyperparameters()[0]["lr"].fill_(written)
+    for _ in range(3):
+        w.grad = torch.ones_like(w)
+        opt.step()
+        assert opt.hyperparameters()[0]["lr"].item() == pytest.approx(taken, abs=1e-12)
+
+
 def test_an_unbounded_learning_rate_turns_negative_and_comes_back():
     """As in the paper's package."""
     w = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))

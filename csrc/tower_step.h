@@ -23,7 +23,7 @@ HX_FN double value_at(Space space, double x) {
     case Space::multiplicative: return std::exp(x);
     case Space::square: return x * x;
     case Space::softplus: return (x > 0.0 ? x : 0.0) + std::log1p(std::exp(-std::fabs(x)));
-    case Space::tanh: return 0.5 * (std::tanh(x) + 1.0);
+    case Space::tanh: return 1.0 / (1.0 + std::exp(-2.0 * x));  // (tanh x + 1) / 2, exact for small values, too
     default: return x;
   }
 }
@@ -51,7 +51,7 @@ HX_FN double coordinate_of(Space space, double h) {
     case Space::multiplicative: return clamp(std::log(h), -700.0, kInfinity);
     case Space::square: return std::sqrt(h);
     case Space::softplus: return h + clamp(std::log(-std::expm1(-h)), -700.0, kInfinity);
-    case Space::tanh: return clamp(0.5 * std::log(h / (1.0 - h)), -20.0, 20.0);
+    case Space::tanh: return clamp(0.5 * std::log(h / (1.0 - h)), -350.0, 20.0);
     default: return h;
   }
 }

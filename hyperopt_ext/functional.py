@@ -24,7 +24,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 from hyperopt_ext import levels
 from hyperopt_ext.stack import RULES, Level, Stack
@@ -136,8 +136,8 @@ _COORDINATES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Ten
     "linear": (lambda x: x, lambda h: h),
     "log": (torch.exp, lambda h: h.log().clamp_min(-700.0)),
     "square": (torch.square, torch.sqrt),
-    "softplus": (softplus, lambda h: h + (-torch.expm1(-h)).log().clamp_min(-700.0)),
-    "tanh": (lambda x: (x.tanh() + 1) / 2, lambda h: (2 * h - 1).atanh().clamp(-20.0, 20.0)),
+    "softplus": (lambda x: -logsigmoid(-x), lambda h: h + (-torch.expm1(-h)).log().clamp_min(-700.0)),
+    "tanh": (lambda x: (2 * x).sigmoid(), lambda h: (h.logit() / 2).clamp(-350.0, 20.0)),  # (tanh x + 1) / 2
 }
 _COORDINATES["multiplicative"] = _COORDINATES["log"]
 

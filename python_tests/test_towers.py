@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import hypothesis
 import pytest
@@ -43,6 +44,31 @@ def test_bounds_project_what_is_learned(stack):
         for name, (low, high) in bounds.items():
             assert low <= opt.hyperparameters()[0][name].item() <= high
     assert_same(problem.model.parameters(), opt.hyperparameters(), reference.params, reference.hyperparameters())
+
+
+# A value moved by 1/4 in its coordinate, and the slope there, in forms that lose no digits.
+QUARTER = math.exp(0.25)
+MOVED = {
+    "log": (lambda h: h * QUARTER, lambda h: h),
+    "softplus": (lambda h: math.log1p(math.expm1(h) * QUARTER), lambda h: -math.expm1(-h)),
+    "tanh": (lambda h: h * QUARTER**2 / (1 - h + h * QUARTER**2), lambda h: 2 * h * (1 - h)),
+}
+
+
+@pytest.mark.parametrize("h", [1e-15, 1e-9, 1e-3, 0.5, 0.999])
+@pytest.mark.parametrize("space", MOVED)
+def test_coordinates_are_exact_over_their_whole_range(space, h):
+    expected, slope = (f(h) for f in MOVED[space])
+    stack = hx.SGD(lr=h, learn="lr", space={"lr": space}) / hx.SGD(lr=0.25 / slope)
+    w = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    opt, tower = hx.HyperOptimizer([w], stack), hx.functional.tower(stack)
+    params, state = tower.init([w])
+    for _ in range(2):
+        w.grad = torch.ones_like(w)
+        opt.step()
+        params, state = tower.step(params, [torch.ones_like(w)], state)
+    assert opt.hyperparameters()[0]["lr"].item() == pytest.approx(expected, rel=1e-12, abs=0)
+    assert tower.hyperparameters(state)[0]["lr"].item() == pytest.approx(expected, rel=1e-12, abs=0)
 
 
 def package_levels(alpha: float):

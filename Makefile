@@ -59,7 +59,7 @@ $(VENV)/bin/python:
 # torch comes first and alone: what follows is compiled against it and must not replace it.
 $(TORCH_STAMP): | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
-	$(BIN)/python -m pip install --quiet 'setuptools>=77' wheel ninja pybind11
+	$(BIN)/python -m pip install --quiet 'setuptools>=77' wheel ninja
 	rm -rf build $(VENV)/.installed-* && touch $@
 
 $(VENV)/.built: $(TORCH_STAMP) $(SOURCES)

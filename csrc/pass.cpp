@@ -27,11 +27,10 @@ void* shift(void* start, std::int64_t bytes) {
   return start == nullptr ? nullptr : static_cast<char*>(start) + bytes;
 }
 
-Item new_item(const at::Tensor& param, std::size_t i) {
+Item new_item(const at::Tensor& param) {
   Item item{};
   item.type = scalar_type(param);
   item.last_grad_bytes = arithmetic_bytes(item.type);
-  item.tensor = i;
   item.slice.count = param.numel();
   item.slice.scale = 1.0;
   return item;
@@ -147,7 +146,7 @@ Item item_for(Chunks& chunks, const Rule& rule, const Pass& pass, std::size_t i,
   const std::size_t n = pass.params.size();
   const unsigned record = record_of(rule, pass);
   const bool writes = written == kWrites;
-  Item item = new_item(param, i);
+  Item item = new_item(param);
   item.row = row_of(pass, i);
   item.slice.param = chunks.elements(param, param, writes);
   if (!pass.grads.empty()) item.slice.grad = chunks.elements(param, pass.grads[i], false);
@@ -170,7 +169,7 @@ Item item_for(Chunks& chunks, const Rule& rule, const Pass& pass, std::size_t i,
 Item item_for(Chunks& chunks, const Rule& rule, const Inputs& inputs, at::TensorList outputs, std::size_t i) {
   const std::size_t n = inputs.params.size();
   const at::Tensor& param = inputs.params[i];
-  Item item = new_item(param, i);
+  Item item = new_item(param);
   item.slice.last_param = chunks.elements(param, param, false);
   item.slice.param = chunks.elements(param, outputs[i], true);
   item.slice.grad = chunks.elements(param, inputs.grads[i], false);
@@ -185,7 +184,7 @@ Item item_for(Chunks& chunks, const Rule& rule, at::TensorList grad_params, at::
               const Inputs& inputs, at::TensorList grad_inputs, std::size_t i) {
   const std::size_t n = inputs.params.size(), states = rule.state.size();
   const at::Tensor& param = inputs.params[i];
-  Item item = new_item(param, i);
+  Item item = new_item(param);
   item.last_grad_bytes = param_bytes(item.type);
   item.slice.last_param = chunks.elements(param, param, false);
   item.slice.last_grad = chunks.elements(param, inputs.grads[i], false);

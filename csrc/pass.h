@@ -99,7 +99,6 @@ struct Item {
   Slice slice;
   ScalarType type;
   std::int64_t last_grad_bytes;  // of one element
-  std::size_t tensor;            // its place in the lists
   std::int64_t row;
 };
 

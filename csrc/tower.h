@@ -104,7 +104,7 @@ struct TowerView {
   const double* bounds;      // [sum of hypers, 2]
   const double* settings;    // [levels, kSettings]
   int levels;
-  const double* sums;  // [rows, 2 hypers + 1], what pass A gave (see passes.h), or, for the cap, [rows, 3]
+  const double* sums;  // [rows, 2 hypers + 1], what pass A gave (see pass.h), or, for the cap, [rows, 3]
   double* scratch;     // of tower_scratch() doubles
 
   HX_FN const std::int64_t* level(int k) const { return plan + k * kPlanColumns; }

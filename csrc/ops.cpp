@@ -328,20 +328,29 @@ void define_ops(const Rule& rule) {
   };
 
   impl_devices(name + "_hypergradient", [r](const Backend& device) {
-    return of_pass<bool>([r, &device](const Pass& pass, bool norm) { return device.hypergradient(*r, pass, norm); });
+    return of_pass<bool>([r, &device](const Pass& pass, bool norm) {
+      check(*r, pass);
+      return device.hypergradient(*r, pass, norm);
+    });
   });
   impl(name + "_hypergradient", DispatchKey::Meta,
        of_pass<bool>([r, matrix](const Pass& pass, bool) { return matrix(pass, 2 * r->hypers.size() + 1); }));
   not_differentiable(name + "_hypergradient");
 
   impl_devices(name + "_norms", [r](const Backend& device) {
-    return of_pass([r, &device](const Pass& pass) { return device.norms(*r, pass); });
+    return of_pass([r, &device](const Pass& pass) {
+      check(*r, pass);
+      return device.norms(*r, pass);
+    });
   });
   impl(name + "_norms", DispatchKey::Meta, of_pass([matrix](const Pass& pass) { return matrix(pass, 3); }));
   not_differentiable(name + "_norms");
 
   impl_devices(name + "_step_", [r](const Backend& device) {
-    return of_pass([r, &device](const Pass& pass) { device.step(*r, pass); });
+    return of_pass([r, &device](const Pass& pass) {
+      check(*r, pass);
+      device.step(*r, pass);
+    });
   });
   impl(name + "_step_", DispatchKey::ADInplaceOrView,
        of_pass([step = op<OfPass<void>>(name + "_step_")](const Pass& pass) {
@@ -354,7 +363,10 @@ void define_ops(const Rule& rule) {
   impl(name + "_step_", DispatchKey::Meta, of_pass([](const Pass&) {}));
 
   impl_devices(name + "_settle_", [r](const Backend& device) {
-    return of_pass([r, &device](const Pass& pass) { device.settle(*r, pass); });
+    return of_pass([r, &device](const Pass& pass) {
+      check(*r, pass);
+      device.settle(*r, pass);
+    });
   });
   impl(name + "_settle_", DispatchKey::ADInplaceOrView,
        of_pass([settle = op<OfPass<void>>(name + "_settle_")](const Pass& pass) {

@@ -43,7 +43,8 @@ struct Pass {
   const std::optional<at::Tensor>& grad_scale;
 };
 
-// Throws a ValueError that names the argument if a list does not fit the rule. Nothing is read or written.
+// Throws a ValueError that names the argument if a list does not fit the rule. Nothing is read or written. The operators
+// call it before they call the device.
 void check(const Rule& rule, const Pass& pass);
 
 // The inputs of one step in the functional form: as Pass, but with given values, on the device of the parameters.

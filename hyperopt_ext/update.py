@@ -61,7 +61,7 @@ class Group:
         self.group, self.stack = group, stack
         self.params: list[Tensor] = group["params"]
         self.tower: Tensor = group["tower"]
-        if base.granularity == "tensor" and len(self.params) != len(self.tower):
+        if base.granularity == "tensor" and max(1, len(self.params)) != len(self.tower):
             raise ValueError(
                 f"param group: {base} has hyperparameters for each of {len(self.tower)} tensors, but there are "
                 f"{len(self.params)} now; use add_param_group()"

@@ -303,16 +303,18 @@ def test_operators_check_their_lists():
     opt = hx.HyperOptimizer([p], hx.Adam())
     tower = opt.param_groups[0]["tower"]
     one = torch.zeros((), dtype=torch.int64)
-    op = torch.ops.hyperopt_ext.adam_step_
+    op, settle = torch.ops.hyperopt_ext.adam_step_, torch.ops.hyperopt_ext.adam_settle_
     for lists, words in [
         (([p], [], [p, p], [], [one], [one]), "grads must hold 1"),
+        (([p], [p], [], [], [one], [one]), "state must hold 2"),
         (([p], [p], [p], [], [one], [one]), "state must hold 2"),
         (([p], [p], [p, param(5)], [], [one], [one]), r"state\[1\] must have the shape"),
         (([p], [p], [p, p], [p], [one], [one]), "record must hold 0"),
         (([p], [p], [p, p], [], [p], [one]), r"steps\[0\] must be one int64"),
     ]:
-        with pytest.raises(ValueError, match=words):
-            op(*lists, tower, [], 0, 1.0, 0.0, 1.0)
+        for one_of in (op, settle):
+            with pytest.raises(ValueError, match=words):
+                one_of(*lists, tower, [], 0, 1.0, 0.0, 1.0)
     with pytest.raises(ValueError, match="tower must be"):
         op([p], [p], [p, p], [], [one], [one], tower.float(), [], 0, 1.0, 0.0, 1.0)
     with pytest.raises(ValueError, match="rows names row 1 of a tower of 1"):

@@ -216,7 +216,6 @@ class Batch {
 };
 
 at::Tensor hypergradient(const Rule& rule, const Pass& pass, bool norm) {
-  check(rule, pass);
   const int hypers = int(rule.hypers.size());
   const std::vector<std::int64_t> sizes{pass.tower.size(0), 2 * hypers + 1};
   if (pass.learn == 0 && !norm) return at::zeros(sizes, pass.tower.options());
@@ -235,7 +234,6 @@ at::Tensor hypergradient(const Rule& rule, const Pass& pass, bool norm) {
 }
 
 at::Tensor norms(const Rule& rule, const Pass& pass) {
-  check(rule, pass);
   const DeviceRule& kernels = device_rule(rule);
   Batch batch(rule, pass, kReads);
   batch.run(3, [&](int arithmetic) {
@@ -247,7 +245,6 @@ at::Tensor norms(const Rule& rule, const Pass& pass) {
 }
 
 void step(const Rule& rule, const Pass& pass) {
-  check(rule, pass);
   const DeviceRule& kernels = device_rule(rule);
   Batch batch(rule, pass, kWrites);
   batch.run(0, [&](int arithmetic) {

@@ -1,5 +1,6 @@
 // The CUDA kernels of the library as loops on the host (csrc/cuda/launch.h), behind operators of their own for CPU tensors:
 // torch.ops.hyperopt_ext_emulated has all that torch.ops.hyperopt_ext has.
+#include "cuda/launch.h"
 #include "library.h"
 #include "ops.h"
 
@@ -16,6 +17,11 @@ HX_EXPORT void emulate(const Library* from) {
 
 HX_EXPORT int emulated_built_in(const char* name) {
   return built_in(name);
+}
+
+// See launch.h.
+HX_EXPORT void emulate_order(int order) {
+  cuda::host_order = order;
 }
 
 }  // extern "C"

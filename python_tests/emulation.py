@@ -51,8 +51,11 @@ def load() -> ctypes.CDLL:
 
 
 @contextlib.contextmanager
-def emulated(foreign: Collection[str] = ()) -> Iterator[None]:
-    """Operators are those of the emulation; the tower is treated as if the rules in `foreign` were not built in."""
+def emulated(foreign: Collection[str] = (), order: int = 0) -> Iterator[None]:
+    """Operators are those of the emulation; the tower is treated as if the rules in `foreign` were not built in.
+
+    `order` is that of blocks and threads: 0 by number, 1 the reverse, 2 random.
+    """
     library, plan_of = load(), Stack.plan
     width, rule, built_in = len(_C.PLAN), _C.PLAN.index("rule"), _C.PLAN.index("built_in")
     names = [info["name"] for info in _C.rules()]
@@ -69,4 +72,8 @@ def emulated(foreign: Collection[str] = ()) -> Iterator[None]:
         mock.patch.object(torch.ops, "hyperopt_ext", torch.ops.hyperopt_ext_emulated),
         mock.patch.object(Stack, "plan", plan),
     ):
-        yield
+        library.emulate_order(order)
+        try:
+            yield
+        finally:
+            library.emulate_order(0)

@@ -223,6 +223,29 @@ def test_sums_do_not_depend_on_how_often_they_are_made(device):
         assert torch.equal(hyperparameters(), hyperparameters())
 
 
+class TestTheOrderOfThreadsDoesNotMatter:
+    """What a thread writes, no other reads before the next barrier; else results would differ in some order."""
+
+    def assert_equal(self, make: Callable[[], hx.HyperOptimizer]) -> None:
+        with emulated():
+            expected = make()
+        for order in (1, 2):
+            with emulated(order=order):
+                got = make()
+            assert_same(expected, got, 0.0, 0.0)
+
+    @every_rule
+    @pytest.mark.parametrize("horizon", [1, 3])
+    def test_for_a_rule(self, case, horizon):
+        level = case.level(learn=case.names, horizon=horizon, trust=0.1)
+        self.assert_equal(lambda: train(level / hx.SGD(lr=1e-9), shaped(torch.float64), 3, silent={1: 3}))
+
+    @settings(max_examples=20)
+    @given(stack=safeguarded_stacks())
+    def test_for_towers(self, stack):
+        self.assert_equal(lambda: train(stack, shaped(torch.float64)[:6], steps=4))
+
+
 def test_the_operators_are_those_of_the_device(device):
     with on(device):
         p = torch.nn.Parameter(torch.ones(3))

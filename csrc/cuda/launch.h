@@ -22,6 +22,10 @@
 #define HX_PRAGMA(...) _Pragma(#__VA_ARGS__)
 #define HX_UNROLL_BY(n) HX_PRAGMA(unroll n)
 #else
+#include <algorithm>
+#include <numeric>
+#include <random>
+#include <vector>
 #define HX_UNROLL
 #define HX_UNROLL_BY(n)
 #endif
@@ -69,21 +73,40 @@ void launch(const Arguments& arguments, std::int64_t blocks, void* stream) {
 
 #else
 
+// The order in which the host runs the blocks of a kernel and the threads of each phase: it must not matter. 0: that of
+// their numbers; 1: the reverse; 2: a random one, another each time.
+inline int host_order = 0;
+
+template <class F>
+void each_in_order(std::int64_t n, F&& f) {
+  if (host_order == 0)
+    for (std::int64_t i = 0; i < n; ++i) f(i);
+  else if (host_order == 1)
+    for (std::int64_t i = n; i-- > 0;) f(i);
+  else {
+    static std::minstd_rand random;
+    std::vector<std::int64_t> order(static_cast<std::size_t>(n));
+    std::iota(order.begin(), order.end(), 0);
+    std::shuffle(order.begin(), order.end(), random);
+    for (std::int64_t i : order) f(i);
+  }
+}
+
 template <int Threads>
 struct HostTeam {
   template <class F>
   void each(F&& f) const {
-    for (int thread = 0; thread < Threads; ++thread) f(thread);
+    each_in_order(Threads, [&](std::int64_t thread) { f(int(thread)); });
   }
 };
 
 template <class K, class Arguments>
 void launch(const Arguments& arguments, std::int64_t blocks, void*) {
   static_assert(sizeof(Arguments) <= kArgumentBytes, "too large for the arguments of a kernel");
-  for (std::int64_t block = 0; block < blocks; ++block) {
+  each_in_order(blocks, [&](std::int64_t block) {
     typename K::Shared shared;
     K::block(arguments, int(block), shared, HostTeam<K::kThreads>{});
-  }
+  });
 }
 
 #endif

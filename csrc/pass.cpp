@@ -89,7 +89,8 @@ void check(const Rule& rule, const Pass& pass) {
       fits("record", k * n + i, pass.record[k * n + i], param, is_param ? dtype : wide);
     }
     for (const auto& [name, t] : {std::pair("steps", &pass.steps[i]), std::pair("ticks", &pass.ticks[i])})
-      TORCH_CHECK_VALUE(t->numel() == 1 && t->scalar_type() == at::kLong, name, "[", i, "] must be one int64");
+      TORCH_CHECK_VALUE(t->numel() == 1 && t->scalar_type() == at::kLong && t->device() == tower.device(), name, "[", i,
+                        "] must be one int64 on the device of the tower");
   }
 }
 

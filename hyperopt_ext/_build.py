@@ -57,12 +57,10 @@ def digest(include: Path) -> str:
 
 
 def write(path: Path, text: str) -> Path:
-    """Writes a file, or leaves it alone if that is what it holds. Other processes see all of it or nothing."""
+    """Writes a file, or leaves it alone if that is what it holds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.read_text() != text:
-        part = path.with_name(f"{path.name}.{os.getpid()}")
-        part.write_text(text)
-        part.replace(path)
+        path.write_text(text)
     return path
 
 

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import threading
 from pathlib import Path
 
 import pytest
@@ -264,16 +263,6 @@ def test_the_compiler_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(RuntimeError, match=r"there is no 'no-such-compiler' here\. Install one"):
         extension.load_rule("plain.h")
-
-
-def test_a_unit_is_never_seen_half_written(tmp_path):
-    """Processes that load the same rule at once write, and compile, the same files."""
-    path, contents = tmp_path / "unit.cpp", ["a" * 1_000_000, "b" * 1_000_000]
-    _build.write(path, contents[0])
-    writer = threading.Thread(target=lambda: [_build.write(path, contents[i % 2]) for i in range(100)])
-    writer.start()
-    while writer.is_alive():
-        assert path.read_text() in contents
 
 
 NVCC = """

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from hyperopt_ext import _C
 from hyperopt_ext.levels import Betas
@@ -109,12 +110,15 @@ def build_rules(
     name = f"{paths[0].stem}_{key}"
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
     folder = Path(build_directory or Path(root, "hyperopt_ext", name)).resolve()
-    sources = _build.units(folder, include, _includes(paths))
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        with _ninja_on_path():
+        with FileLock(folder / "building"), _ninja_on_path():
+            # torch waits until the file "lock" is gone: for ever, if the process that made it was killed. A FileLock ends
+            # with its process; while this one holds it, nobody else builds here.
+            (folder / "lock").unlink(missing_ok=True)
             cpp_extension.load(
                 name,
-                [str(source) for source in sources],
+                [str(source) for source in _build.units(folder, include, _includes(paths))],
                 extra_cflags=[*_build.CXX_FLAGS],
                 extra_cuda_cflags=[*_build.NVCC_FLAGS],
                 extra_ldflags=[*_build.LINK_FLAGS],

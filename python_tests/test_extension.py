@@ -265,6 +265,17 @@ def test_the_compiler_is_not_there(tmp_path, monkeypatch):
         extension.load_rule("plain.h")
 
 
+def test_a_build_that_was_killed_holds_nobody_up(plain, header):
+    """It leaves torch's lock behind. Two processes at once: one builds, the other waits for it."""
+    [folder] = header.parent.glob("hyperopt_ext/plain_*")
+    (folder / "lock").touch()
+    code = f"import hyperopt_ext as hx; print(hx.extension.load_rule({str(header)!r}).__name__)"
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(header.parent), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate(timeout=100)[0].split()[-1] for process in both] == [plain.__name__] * 2
+
+
 NVCC = """
 contract.h(132): error: static assertion failed with "hyperopt_ext: the rule has no 'static auto penalty(p, w)'"
     static_assert(penalised,

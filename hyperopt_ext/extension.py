@@ -113,8 +113,8 @@ def build_rules(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / "building"), _ninja_on_path():
-            # torch waits until the file "lock" is gone: for ever, if the process that made it was killed. A FileLock ends
-            # with its process; while this one holds it, nobody else builds here.
+            # torch waits until the file "lock" is gone: for ever, if the process that made it was killed. A FileLock
+            # ends with its process; while this one holds it, nobody else builds here.
             (folder / "lock").unlink(missing_ok=True)
             cpp_extension.load(
                 name,

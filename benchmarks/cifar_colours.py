@@ -153,7 +153,6 @@ def summary(results: list[Result]) -> dict[str, Any]:
         "test_error_sd": sd,
         "test_errors": np.mean([r["test_errors"] for r in results], axis=0).tolist(),
         "train_loss": float(np.mean([r["train_losses"][-1] for r in results])),
-        "seconds": min(r["seconds"] for r in results),
         "lr": float(np.mean([r["hyperparameters"][0]["lr"] for r in results])),
     }
 
@@ -177,7 +176,7 @@ def collect(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def print_table(console: Console, entries: list[dict[str, Any]]) -> None:
     table = Table("row", title="Wrong pixels, %", title_justify="left", box=box.SIMPLE, pad_edge=False)
-    for name in ("paper", "this library", "package", "s", "package, s", "lr learned"):
+    for name in ("paper", "this library", "package", "lr learned"):
         table.add_column(name, justify="right", no_wrap=True)
     for entry in entries:
         twin = entry.get("package")
@@ -186,8 +185,6 @@ def print_table(console: Console, entries: list[dict[str, Any]]) -> None:
             "" if entry["paper"] is None else f"{entry['paper']:.1f}",
             f"{entry['test_error']:.1f}",
             f"{twin['test_error']:.1f}" if twin else "",
-            f"{entry['seconds']:.0f}",
-            f"{twin['seconds']:.0f}" if twin else "",
             f"{entry['lr']:.4g}" if "/" in entry["row"] or entry["paper"] is None else "",
         )
     console.print(table)

@@ -153,7 +153,6 @@ def summary(results: list[Result]) -> dict[str, Any]:
         "test_error_sd": sd,
         "test_errors": np.mean([r["test_errors"] for r in results], axis=0).tolist(),
         "train_loss": float(np.mean([r["train_losses"][-1] for r in results])),
-        "lr": float(np.mean([r["hyperparameters"][0]["lr"] for r in results])),
     }
 
 
@@ -167,7 +166,9 @@ def collect(options: argparse.Namespace) -> list[dict[str, Any]]:
     )
     entries = []
     for name, paper, spec in rows:
-        entry = {"row": name, "spec": spec, "paper": paper, **summary([result(run) for run in ours[name]])}
+        results = [result(run) for run in ours[name]]
+        lr = float(np.mean([r["hyperparameters"][0]["lr"] for r in results]))
+        entry = {"row": name, "spec": spec, "paper": paper, **summary(results), "lr": lr}
         if name in theirs:
             entry["package"] = summary([result(run) for run in theirs[name]])
         entries.append(entry)
@@ -192,7 +193,7 @@ def print_table(console: Console, entries: list[dict[str, Any]]) -> None:
 
 def draw(entries: list[dict[str, Any]], options: argparse.Namespace) -> Figure:
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(14, 5.5), layout="constrained", gridspec_kw={"width_ratios": [1, 1.2]}
+        1, 2, figsize=(14, 6.5), layout="constrained", gridspec_kw={"width_ratios": [1, 1.2]}
     )
     families = ("SGD", "Adam", "AdaBelief", "AMSGrad", "hx.auto")
     styles = dict(zip(families, ("C0", "C1", "C2", "C3", "k"), strict=True))
@@ -204,23 +205,23 @@ def draw(entries: list[dict[str, Any]], options: argparse.Namespace) -> Figure:
         epochs = range(1, len(entry["test_errors"]) + 1)
         left.plot(epochs, entry["test_errors"], line, color=styles[family], label=entry["row"])
     left.set(xlabel="epochs", ylabel="wrong pixels of the test set, %", title="while it trains")
-    left.set_ylim(top=min(75.0, left.get_ylim()[1]))
-    left.legend(frameon=False, fontsize=7, ncols=2)
-    places = np.arange(len(entries))
-    right.barh(places, [e["test_error"] for e in entries], color="C0", alpha=0.6, label="this library")
+    left.set_ylim(top=min(82.0, left.get_ylim()[1]))
+    figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=6)
     measured = [(i, e["package"]["test_error"]) for i, e in enumerate(entries) if "package" in e]
     published = [(i, e["paper"]) for i, e in enumerate(entries) if e["paper"] is not None]
     for points, marker, color, label in (
+        ([(i, e["test_error"]) for i, e in enumerate(entries)], "o", "C0", "this library"),
         (measured, "s", "C1", "the package of Chandra et al., same seeds"),
         (published, "|", "k", "the paper, 50 epochs, other colours"),
     ):
         if points:
             y, x = np.array(points).T
-            right.plot(x, y, marker, color=color, markersize=14 if marker == "|" else 5, label=label)
-    right.set_yticks(places, [e["row"] for e in entries])
+            right.plot(x, y, marker, color=color, markersize={"o": 8, "s": 4, "|": 14}[marker], label=label)
+    right.grid(alpha=0.3)
+    right.set_yticks(range(len(entries)), [e["row"] for e in entries])
     right.set_ylim(len(entries) - 0.5, -0.5)
     right.set(xlabel="wrong pixels of the test set, %", title=f"after {options.epochs} epochs")
-    right.legend(frameon=False, loc="lower right", fontsize=8)
+    right.legend(frameon=False, loc="center right")
     title = f"UNet that colours the horses of CIFAR-10; {options.seeds} seed{'s' * (options.seeds > 1)}"
     figure.suptitle(f"{title}; {describe_machine()}", fontsize=10)
     return figure

@@ -210,7 +210,7 @@ HX_FN void move_coordinates(const double* hyper, double step, int n, int begin, 
   constexpr int hypers = int(R::hypers.size());
   const auto p = R::prepare(Hypers<all>{hyper}, step);
   Elements<R, double> s;
-  for (int k = 0; k < kMaxStates; ++k) s.s[k] = state + k * n;
+  for (int k = 0; k < int(R::state.size()); ++k) s.s[k] = state + k * n;
   for (int j = begin; j < end; ++j) {
     const auto w = constant(x[j - begin]);
     const auto e = constant(grad[j]) + R::penalty(p, w);

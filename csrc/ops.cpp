@@ -22,6 +22,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 
 #include "cpu/passes.h"
@@ -140,10 +141,13 @@ void check_inputs(const Rule& rule, TensorList params, TensorList grads, TensorL
       const c10::SymIntArrayRef sizes = params[i].sym_sizes();  // a graph of dynamic shapes stays one
       TORCH_CHECK_VALUE(t.layout() == at::kStrided && t.scalar_type() == type && t.sym_sizes() == sizes, name,
                         " of params[", i, "] must be a dense ", type, " tensor of shape ", sizes);
+      TORCH_CHECK_VALUE(t.device() == params[0].device(), name, " of params[", i, "] is on ", t.device(),
+                        ", but params[0] is on ", params[0].device());
     };
     const at::ScalarType type = params[i].scalar_type();
     TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16, "params[",
                      i, "] must be float32, float64, float16 or bfloat16, not ", type);
+    fits("value", params[i], type);
     fits("grads", grads[i], type);
     for (std::size_t k = 0; k < rule.state.size(); ++k) fits("state", state[k * n + i], arithmetic(type));
   }
@@ -284,122 +288,98 @@ struct UpdateFunction : torch::autograd::Function<UpdateFunction> {
   }
 };
 
-}  // namespace
-
-bool is_defined(const std::string& name) {
-  return c10::Dispatcher::singleton().findSchema({std::string(kNamespace) + "::" + name, ""}).has_value();
+void define(const std::string& schema) {
+  torch_library().def(schema.c_str(), {at::Tag::pt2_compliant_tag});
 }
 
-void define_ops(const Rule& rule) {
+void not_differentiable(const std::string& name) {
+  torch_library().impl(name.c_str(),
+                       torch::dispatch(c10::DispatchKey::Autograd, torch::autograd::autogradNotImplementedFallback()));
+}
+
+constexpr std::pair<const char*, TensorList Pass::*> kLists[] = {{"params", &Pass::params}, {"grads", &Pass::grads},
+                                                                 {"state", &Pass::state},   {"record", &Pass::record},
+                                                                 {"steps", &Pass::steps},   {"ticks", &Pass::ticks}};
+
+// The schema of a pass that writes to some of its lists, and takes `more` before the last argument.
+std::string pass_schema(const std::string& name, const std::vector<TensorList Pass::*>& written,
+                        const std::string& more) {
+  std::string lists;
+  char alias = 'a';
+  for (const auto& [list, member] : kLists) {
+    const bool writes = std::find(written.begin(), written.end(), member) != written.end();
+    lists += (writes ? std::string("Tensor(") + alias++ + "!)[] " : "Tensor[] ") + list + ", ";
+  }
+  return name + "(" + lists + "Tensor tower, int[] rows, int learn, float horizon, float horizon_growth, float scale" +
+         more + ", Tensor? grad_scale=None)";
+}
+
+// An operator that reads a pass and gives a matrix with a row for each row of the tower.
+template <class... More>
+void define_reading(const Rule& rule, const std::string& suffix, const std::string& more, std::size_t columns,
+                    Tensor (*Backend::*run)(const Rule&, const Pass&, More...)) {
+  const std::string name = rule.name + suffix;
+  define(pass_schema(name, {}, more) + " -> Tensor");
+  impl_devices(name, [&](const Backend& device) {
+    return of_pass<More...>([&rule, &device, run](const Pass& pass, More... arguments) {
+      check(rule, pass);
+      return (device.*run)(rule, pass, arguments...);
+    });
+  });
+  impl(name, c10::DispatchKey::Meta, of_pass<More...>([columns](const Pass& pass, More...) {
+         return at::empty_symint({pass.tower.sym_size(0), std::int64_t(columns)}, pass.tower.options());
+       }));
+  not_differentiable(name);
+}
+
+// An operator that writes to these lists of a pass.
+void define_writing(const Rule& rule, const std::string& suffix, const std::vector<TensorList Pass::*>& written,
+                    void (*Backend::*run)(const Rule&, const Pass&)) {
+  const std::string name = rule.name + suffix;
+  define(pass_schema(name, written, "") + " -> ()");
+  impl_devices(name, [&](const Backend& device) {
+    return of_pass([&rule, &device, run](const Pass& pass) {
+      check(rule, pass);
+      (device.*run)(rule, pass);
+    });
+  });
+  impl(name, c10::DispatchKey::ADInplaceOrView, of_pass([written, op = op<OfPass<void>>(name)](const Pass& pass) {
+         {
+           at::AutoDispatchBelowADInplaceOrView below;
+           call(op, pass);
+         }
+         for (TensorList Pass::* list : written) wrote(pass.*list);
+       }));
+  impl(name, c10::DispatchKey::Meta, of_pass([](const Pass&) {}));
+}
+
+// R, the functional form.
+void define_update(const Rule& rule) {
   const std::string name = rule.name;
-  const auto tag = std::vector<at::Tag>{at::Tag::pt2_compliant_tag};
-  const auto define = [&](const std::string& schema) { torch_library().def((name + schema).c_str(), tag); };
-  const std::string reads =
-      "(Tensor[] params, Tensor[] grads, Tensor[] state, Tensor[] record, Tensor[] steps, Tensor[] ticks, "
-      "Tensor tower, int[] rows, int learn, float horizon, float horizon_growth, float scale";
-  const std::string last = ", Tensor? grad_scale=None";
-  define("_hypergradient" + reads + ", bool norm" + last + ") -> Tensor");
-  define("_norms" + reads + last + ") -> Tensor");
-  define(
-      "_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state, Tensor(c!)[] record, Tensor(d!)[] steps, "
-      "Tensor(e!)[] ticks, Tensor tower, int[] rows, int learn, float horizon, float horizon_growth, float scale" +
-      last + ") -> ()");
-  define(
-      "_settle_(Tensor[] params, Tensor[] grads, Tensor(a!)[] state, Tensor(b!)[] record, Tensor[] steps, "
-      "Tensor(c!)[] ticks, Tensor tower, int[] rows, int learn, float horizon, float horizon_growth, float scale" +
-      last + ") -> ()");
-  define("(Tensor[] params, Tensor[] grads, Tensor[] state, Tensor[] hyper, Tensor step, bool detach) -> Tensor[]");
-  define(
-      "_vjp(Tensor[] grad_params, Tensor[] grad_state, Tensor[] params, Tensor[] grads, Tensor[] state, "
-      "Tensor[] hyper, Tensor step, int needs=-1) -> Tensor[]");
-  define(
-      "_backward(Tensor[] grad_params, Tensor[] params, Tensor[] grads, Tensor[] state, Tensor[] hyper, Tensor step) "
-      "-> Tensor");
-
-  const Rule* const r = &rule;
-  using c10::DispatchKey;
-
-  const auto not_differentiable = [&](const std::string& op) {
-    torch_library().impl(op.c_str(),
-                         torch::dispatch(DispatchKey::Autograd, torch::autograd::autogradNotImplementedFallback()));
-  };
-  const auto matrix = [](const Pass& pass, std::size_t columns) {
-    return at::empty_symint({pass.tower.sym_size(0), std::int64_t(columns)}, pass.tower.options());
-  };
-
-  impl_devices(name + "_hypergradient", [r](const Backend& device) {
-    return of_pass<bool>([r, &device](const Pass& pass, bool norm) {
-      check(*r, pass);
-      return device.hypergradient(*r, pass, norm);
-    });
-  });
-  impl(name + "_hypergradient", DispatchKey::Meta,
-       of_pass<bool>([r, matrix](const Pass& pass, bool) { return matrix(pass, 2 * r->hypers.size() + 1); }));
-  not_differentiable(name + "_hypergradient");
-
-  impl_devices(name + "_norms", [r](const Backend& device) {
-    return of_pass([r, &device](const Pass& pass) {
-      check(*r, pass);
-      return device.norms(*r, pass);
-    });
-  });
-  impl(name + "_norms", DispatchKey::Meta, of_pass([matrix](const Pass& pass) { return matrix(pass, 3); }));
-  not_differentiable(name + "_norms");
-
-  impl_devices(name + "_step_", [r](const Backend& device) {
-    return of_pass([r, &device](const Pass& pass) {
-      check(*r, pass);
-      device.step(*r, pass);
-    });
-  });
-  impl(name + "_step_", DispatchKey::ADInplaceOrView,
-       of_pass([step = op<OfPass<void>>(name + "_step_")](const Pass& pass) {
-         {
-           at::AutoDispatchBelowADInplaceOrView below;
-           call(step, pass);
-         }
-         for (TensorList list : {pass.params, pass.state, pass.record, pass.steps, pass.ticks}) wrote(list);
-       }));
-  impl(name + "_step_", DispatchKey::Meta, of_pass([](const Pass&) {}));
-
-  impl_devices(name + "_settle_", [r](const Backend& device) {
-    return of_pass([r, &device](const Pass& pass) {
-      check(*r, pass);
-      device.settle(*r, pass);
-    });
-  });
-  impl(name + "_settle_", DispatchKey::ADInplaceOrView,
-       of_pass([settle = op<OfPass<void>>(name + "_settle_")](const Pass& pass) {
-         {
-           at::AutoDispatchBelowADInplaceOrView below;
-           call(settle, pass);
-         }
-         for (TensorList list : {pass.state, pass.record, pass.ticks}) wrote(list);
-       }));
-  impl(name + "_settle_", DispatchKey::Meta, of_pass([](const Pass&) {}));
-
-  impl_devices(name, [r](const Backend& device) {
-    return [r, &device](TensorList params, TensorList grads, TensorList state, TensorList hyper, const Tensor& step,
-                        bool) {
-      check_inputs(*r, params, grads, state, hyper, step);
+  define(name +
+         "(Tensor[] params, Tensor[] grads, Tensor[] state, Tensor[] hyper, Tensor step, bool detach) -> Tensor[]");
+  impl_devices(name, [&rule](const Backend& device) {
+    return [&rule, &device](TensorList params, TensorList grads, TensorList state, TensorList hyper, const Tensor& step,
+                            bool) {
+      check_inputs(rule, params, grads, state, hyper, step);
       std::vector<Tensor> outputs;
       for (TensorList list : {params, state})
         for (const Tensor& t : list) outputs.push_back(at::empty_like(t));
       if (!params.empty())
-        device.update(*r, {params, grads, state, values_of(hyper, params[0]), values_of(step, params[0])}, outputs);
+        device.update(rule, {params, grads, state, values_of(hyper, params[0]), values_of(step, params[0])}, outputs);
       return outputs;
     };
   });
-  impl(name, DispatchKey::Meta,
-       [r](TensorList params, TensorList grads, TensorList state, TensorList hyper, const Tensor& step, bool) {
-         check_inputs(*r, params, grads, state, hyper, step);
+  impl(name, c10::DispatchKey::Meta,
+       [&rule](TensorList params, TensorList grads, TensorList state, TensorList hyper, const Tensor& step, bool) {
+         check_inputs(rule, params, grads, state, hyper, step);
          std::vector<Tensor> outputs;
          for (TensorList list : {params, state})
            for (const Tensor& t : list) outputs.push_back(at::empty_like(t));
          return outputs;
        });
   impl(
-      name, DispatchKey::Autograd,
+      name, c10::DispatchKey::Autograd,
       [name](TensorList params, TensorList grads, TensorList state, TensorList hyper, const Tensor& step, bool detach) {
         if (!detach) return UpdateFunction::apply(params, grads, state, hyper, step, detach, name, nullptr);
         // No edge where no gradient goes: compiled autograd takes none that is undefined.
@@ -416,51 +396,80 @@ void define_ops(const Rule& rule) {
         outputs.insert(outputs.end(), new_state.begin(), new_state.end());
         return outputs;
       });
+}
 
-  impl_devices(name + "_backward", [r](const Backend& device) {
-    return [r, &device](TensorList grad_params, TensorList params, TensorList grads, TensorList state, TensorList hyper,
-                        const Tensor& step) {
-      check_inputs(*r, params, grads, state, hyper, step);
-      check_inputs(*r, params, grad_params, state, hyper, step);
+// Its backward, where only the hyperparameters want a gradient.
+void define_backward(const Rule& rule) {
+  const std::string name = std::string(rule.name) + "_backward";
+  define(name +
+         "(Tensor[] grad_params, Tensor[] params, Tensor[] grads, Tensor[] state, Tensor[] hyper, Tensor step) "
+         "-> Tensor");
+  impl_devices(name, [&rule](const Backend& device) {
+    return [&rule, &device](TensorList grad_params, TensorList params, TensorList grads, TensorList state,
+                            TensorList hyper, const Tensor& step) {
+      check_inputs(rule, params, grads, state, hyper, step);
+      check_inputs(rule, params, grad_params, state, hyper, step);
       Tensor sums = new_sums(params, hyper);
       if (!params.empty())
-        device.backward(*r, grad_params,
+        device.backward(rule, grad_params,
                         {params, grads, state, values_of(hyper, params[0]), values_of(step, params[0])}, sums);
       return sums;
     };
   });
-  impl(name + "_backward", DispatchKey::Meta,
+  impl(name, c10::DispatchKey::Meta,
        [](TensorList, TensorList params, TensorList, TensorList, TensorList hyper, const Tensor&) {
          return new_sums(params, hyper);
        });
-  not_differentiable(name + "_backward");
+  not_differentiable(name);
+}
 
-  impl_devices(name + "_vjp", [r](const Backend& device) {
-    return [r, &device](TensorList grad_params, TensorList grad_state, TensorList params, TensorList grads,
-                        TensorList state, TensorList hyper, const Tensor& step, std::int64_t needs) {
-      check_inputs(*r, params, grads, state, hyper, step);
-      check_inputs(*r, params, grad_params, grad_state, hyper, step);
-      std::vector<Tensor> outputs = new_vjp(*r, params, hyper, needs);
+// Its backward to all inputs.
+void define_vjp(const Rule& rule) {
+  const std::string name = std::string(rule.name) + "_vjp";
+  define(name +
+         "(Tensor[] grad_params, Tensor[] grad_state, Tensor[] params, Tensor[] grads, Tensor[] state, "
+         "Tensor[] hyper, Tensor step, int needs=-1) -> Tensor[]");
+  impl_devices(name, [&rule](const Backend& device) {
+    return [&rule, &device](TensorList grad_params, TensorList grad_state, TensorList params, TensorList grads,
+                            TensorList state, TensorList hyper, const Tensor& step, std::int64_t needs) {
+      check_inputs(rule, params, grads, state, hyper, step);
+      check_inputs(rule, params, grad_params, grad_state, hyper, step);
+      std::vector<Tensor> outputs = new_vjp(rule, params, hyper, needs);
       if (!params.empty())
-        device.vjp(*r, grad_params, grad_state,
+        device.vjp(rule, grad_params, grad_state,
                    {params, grads, state, values_of(hyper, params[0]), values_of(step, params[0])},
                    TensorList(outputs).slice(0, outputs.size() - 1), outputs.back());
       return outputs;
     };
   });
-  impl(name + "_vjp", DispatchKey::Meta,
-       [r](TensorList, TensorList, TensorList params, TensorList, TensorList, TensorList hyper, const Tensor&,
-           std::int64_t needs) { return new_vjp(*r, params, hyper, needs); });
-  not_differentiable(name + "_vjp");
+  impl(name, c10::DispatchKey::Meta,
+       [&rule](TensorList, TensorList, TensorList params, TensorList, TensorList, TensorList hyper, const Tensor&,
+               std::int64_t needs) { return new_vjp(rule, params, hyper, needs); });
+  not_differentiable(name);
+}
+
+}  // namespace
+
+bool is_defined(const std::string& name) {
+  return c10::Dispatcher::singleton().findSchema({std::string(kNamespace) + "::" + name, ""}).has_value();
+}
+
+void define_ops(const Rule& rule) {
+  define_reading(rule, "_hypergradient", ", bool norm", 2 * rule.hypers.size() + 1, &Backend::hypergradient);
+  define_reading(rule, "_norms", "", 3, &Backend::norms);
+  define_writing(rule, "_step_", {&Pass::params, &Pass::state, &Pass::record, &Pass::steps, &Pass::ticks},
+                 &Backend::step);
+  define_writing(rule, "_settle_", {&Pass::state, &Pass::record, &Pass::ticks}, &Backend::settle);
+  define_update(rule);
+  define_backward(rule);
+  define_vjp(rule);
 }
 
 void define_tower_ops() {
   using Views = std::vector<TowerView>;
-  const auto define = [](const std::string& name, const std::string& sums, auto columns, auto run) {
-    torch_library().def((name + "(Tensor(a!)[] towers, Tensor[] " + sums +
-                         ", Tensor[] plans, Tensor[] bounds, Tensor[] settings, int[] foreign=[]) -> ()")
-                            .c_str(),
-                        {at::Tag::pt2_compliant_tag});
+  const auto define_op = [](const std::string& name, const std::string& sums, auto columns, auto run) {
+    define(name + "(Tensor(a!)[] towers, Tensor[] " + sums +
+           ", Tensor[] plans, Tensor[] bounds, Tensor[] settings, int[] foreign=[]) -> ()");
     impl_devices(name, [=](const Backend& device) {
       return [=, &device](TensorList towers, TensorList of, TensorList plans, TensorList bounds, TensorList settings,
                           at::IntArrayRef foreign) {
@@ -479,12 +488,12 @@ void define_tower_ops() {
     impl(name, c10::DispatchKey::Meta,
          [](TensorList, TensorList, TensorList, TensorList, TensorList, at::IntArrayRef) {});
   };
-  define(
+  define_op(
       "tower_", "hypergradients", [](std::int64_t hypers) { return 2 * hypers + 1; },
       [](const Backend& device, TensorList towers, const Views& views, at::IntArrayRef foreign) {
         device.tower(towers, views, foreign);
       });
-  define(
+  define_op(
       "cap_", "norms", [](std::int64_t) { return std::int64_t(3); },
       [](const Backend& device, TensorList towers, const Views& views, at::IntArrayRef) { device.cap(towers, views); });
 }

@@ -1,5 +1,6 @@
 #include "pass.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
 
@@ -39,6 +40,8 @@ Item new_item(const at::Tensor& param) {
 }  // namespace
 
 void check(const Rule& rule, const Pass& pass) {
+  TORCH_CHECK_VALUE((pass.learn & ~rule.sets.back().mask) == 0, "learn names hyperparameters that rule '", rule.name,
+                    "' does not have: it has ", rule.hypers.size(), ", and learn is ", std::int64_t(pass.learn));
   const std::size_t n = pass.params.size();
   const unsigned record = record_of(rule, pass);
   const std::size_t traces = is_traced(pass) ? std::size_t(count(pass.learn)) : 0;
@@ -64,11 +67,12 @@ void check(const Rule& rule, const Pass& pass) {
                       "grad_scale must be one float32 on the device of the tower");
   for (std::int64_t row : pass.rows)
     TORCH_CHECK_VALUE(0 <= row && row < tower.size(0), "rows names row ", row, " of a tower of ", tower.size(0));
+  constexpr char converted[] = "; after a change of the parameter's dtype, load_state_dict(state_dict()) converts it";
   const auto fits = [](const char* name, std::size_t i, const at::Tensor& t, const at::Tensor& param,
-                       at::ScalarType type) {
+                       at::ScalarType type, const char* fix = "") {
     TORCH_CHECK_VALUE(t.layout() == at::kStrided, name, "[", i, "] is ", t.layout(),
                       ", but only dense tensors are supported; for an embedding, use sparse=False");
-    TORCH_CHECK_VALUE(t.scalar_type() == type, name, "[", i, "] must be ", type, ", not ", t.scalar_type());
+    TORCH_CHECK_VALUE(t.scalar_type() == type, name, "[", i, "] must be ", type, ", not ", t.scalar_type(), fix);
     TORCH_CHECK_VALUE(t.sizes() == param.sizes(), name, "[", i, "] must have the shape of its parameter, ",
                       param.sizes(), ", not ", t.sizes());
     TORCH_CHECK_VALUE(t.device() == param.device(), name, "[", i, "] must be on the device of its parameter, ",
@@ -80,13 +84,16 @@ void check(const Rule& rule, const Pass& pass) {
                       ", but only dense tensors are supported");
     TORCH_CHECK_VALUE(param.device() == tower.device(), "params[", i, "] is on ", param.device(),
                       ", but the tower of its group is on ", tower.device());
+    TORCH_CHECK_VALUE(at::has_internal_overlap(param) != at::MemOverlap::Yes, "params[", i,
+                      "] holds several elements in one place (expand?) and cannot be written to; use its clone()");
     scalar_type(param);
     const at::ScalarType dtype = param.scalar_type(), wide = arithmetic(dtype);
     fits("grads", i, pass.grads[i], param, dtype);
-    for (std::size_t k = 0; k < rule.state.size(); ++k) fits("state", k * n + i, pass.state[k * n + i], param, wide);
+    for (std::size_t k = 0; k < rule.state.size(); ++k)
+      fits("state", k * n + i, pass.state[k * n + i], param, wide, converted);
     for (std::size_t k = 0; k < records; ++k) {
       const bool is_param = (record & kParam) && k + 1 == records;
-      fits("record", k * n + i, pass.record[k * n + i], param, is_param ? dtype : wide);
+      fits("record", k * n + i, pass.record[k * n + i], param, is_param ? dtype : wide, converted);
     }
     for (const auto& [name, t] : {std::pair("steps", &pass.steps[i]), std::pair("ticks", &pass.ticks[i])})
       TORCH_CHECK_VALUE(t->numel() == 1 && t->scalar_type() == at::kLong && t->device() == tower.device(), name, "[", i,

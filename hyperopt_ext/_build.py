@@ -30,8 +30,12 @@ CXX_FLAGS = [
 ]
 NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fvisibility=hidden"]
 LINK_FLAGS = ["-fopenmp"]
-# What CUDA kernels are compiled for where there is no GPU and TORCH_CUDA_ARCH_LIST names none.
-ARCHITECTURES = "8.0;9.0+PTX"
+# What CUDA kernels are compiled for where there is no GPU and TORCH_CUDA_ARCH_LIST names none: sm_80, sm_90 and later.
+ARCHITECTURE_FLAGS = [
+    "-gencode=arch=compute_80,code=sm_80",
+    "-gencode=arch=compute_90,code=sm_90",
+    "-gencode=arch=compute_90,code=compute_90",
+]
 
 # What HX_REGISTER_RULE means in a unit, and the end of the unit's name.
 _CPU = ("cpu/register.h", "_cpu.cpp")
@@ -41,6 +45,12 @@ _CUDA = ("cuda/register.cuh", "_cuda.cu")
 def with_cuda() -> bool:
     """Whether kernels for CUDA are compiled: if torch has CUDA and there is a toolkit, GPU or not."""
     return bool(torch.version.cuda) and (cpp_extension.CUDA_HOME is not None or os.environ.get("FORCE_CUDA") == "1")
+
+
+def nvcc_flags() -> list[str]:
+    """Torch itself adds the architectures of TORCH_CUDA_ARCH_LIST, or else of the GPUs that it finds."""
+    chosen = torch.cuda.is_available() or "TORCH_CUDA_ARCH_LIST" in os.environ
+    return NVCC_FLAGS if chosen else NVCC_FLAGS + ARCHITECTURE_FLAGS
 
 
 def headers(include: Path) -> list[Path]:
@@ -75,8 +85,6 @@ def units(folder: Path, include: Path, rules: Iterable[tuple[str, str]]) -> list
     registers = [_CPU]
     if with_cuda():
         registers.append(_CUDA)
-        if not torch.cuda.is_available():  # else torch compiles for the GPU that it finds
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
     text = f'#define HX_HEADERS "{digest(include)}"\n#include "library.h"\n'
     return [
         write(folder / "library.cpp", text),
@@ -114,7 +122,7 @@ def extension(name: str, sources: Iterable[Path], include: Iterable[Path], **arg
         files,
         include_dirs=[str(folder) for folder in include],
         define_macros=[("HX_WITH_CUDA", None)] if cuda else [],
-        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": nvcc_flags()},
         extra_link_args=LINK_FLAGS,
         **arguments,
     )

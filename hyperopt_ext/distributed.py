@@ -43,6 +43,13 @@ def local_grad(p: Any, name: str) -> Tensor:
     return local(grad)
 
 
+def check_group(group: object) -> None:
+    if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise TypeError(
+            f"shard_group must be a ProcessGroup, as torch.distributed.group.WORLD, not {type(group).__name__}"
+        )
+
+
 def device_of(group: ProcessGroup) -> torch.device:
     """Where the tensors are that a process group adds up."""
     kinds = [device.type for device in group._device_types]

@@ -120,7 +120,7 @@ def build_rules(
                 name,
                 [str(source) for source in _build.units(folder, include, _includes(paths))],
                 extra_cflags=[*_build.CXX_FLAGS],
-                extra_cuda_cflags=[*_build.NVCC_FLAGS],
+                extra_cuda_cflags=_build.nvcc_flags(),
                 extra_ldflags=[*_build.LINK_FLAGS],
                 extra_include_paths=[str(include)],
                 build_directory=str(folder),

@@ -115,6 +115,7 @@ class HyperOptimizer(Optimizer):
         nonfinite: str | None = None,
         shard_group: ProcessGroup | None = None,
     ) -> None:
+        distributed.check_group(shard_group)
         self._shard_group = shard_group
         self._groups: list[Group] = []
         stack = Stack.coerce(stack)

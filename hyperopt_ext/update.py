@@ -72,7 +72,7 @@ class Group:
         self.capped = base.trust is not None
         self.sums = self.learn != 0 or self.nonfinite is not None  # else pass A has nothing to say
         # The row of each parameter, if they have rows of their own.
-        self.row_of = {p: i for i, p in enumerate(group["params"])} if base.granularity == "tensor" else None
+        self.row_of = self._numbered() if base.granularity == "tensor" else None
         device = self.tower.device
         settings = [{**level.settings(), "skip": float(self.nonfinite in ("skip", "raise"))} for level in stack]
         self.plan = torch.tensor(plan, device=device).view(len(stack), -1)
@@ -107,6 +107,19 @@ class Group:
         """What the tower holds for each hyperparameter of a level: no dimension, or one of the parameters."""
         rows = self.tower if level.granularity == "tensor" else self.tower[0]
         return {name: rows[..., start + i] for i, name in enumerate(level.values())}
+
+    def _numbered(self) -> dict[Tensor, int]:
+        return {p: i for i, p in enumerate(self.params)}
+
+    def rows(self, params: list[Tensor]) -> list[int]:
+        """The row of each parameter; nothing if all have the same one."""
+        if self.row_of is None:
+            return []
+        try:
+            return [self.row_of[p] for p in params]
+        except KeyError:  # one was put in the place of another
+            self.row_of = self._numbered()
+            return [self.row_of[p] for p in params]
 
     def count(self, column: int) -> Tensor:
         return self.tower[0, column] if self.row_of is None else self.tower[:, column]
@@ -218,7 +231,7 @@ class Update:
     def _arguments(self, params: list[Tensor], grads: list[Any], states: list[dict[str, Tensor]]) -> tuple[Any, ...]:
         """What the operators of a pass take (csrc/pass.h)."""
         g = self.group
-        rows = [] if g.row_of is None else [g.row_of[p] for p in params]
+        rows = g.rows(params)
         if self.reduction is not None:
             params, grads = ([distributed.local(t) for t in tensors] for tensors in (params, grads))
             states = [{name: distributed.local(t) for name, t in state.items()} for state in states]

@@ -104,6 +104,11 @@ def param(*shape, **kw):
         (lambda: hx.Adam(converge=0.1), ValueError, "Adam: converge must be .limit >= 0, steps > 0"),
         (lambda: hx.Adam(converge=(0.1, 0)), ValueError, "Adam: converge must be"),
         (lambda: hx.SGD() / hx.SGD(trust=0.1), ValueError, "only the first level can have it"),
+        (
+            lambda: hx.HyperOptimizer([param()], hx.SGD(), shard_group=3),
+            TypeError,
+            "shard_group must be a ProcessGroup, .* not int",
+        ),
         (lambda: hx.SGD() / hx.SGD(granularity="tensor"), ValueError, "the level below has one set"),
         (lambda: hx.HyperOptimizer([param()], hx.SGD(), nonfinite="stop"), ValueError, "'hold', 'skip', 'raise'"),
         (
@@ -241,6 +246,39 @@ def test_bad_gradients_change_nothing(bad, steps, stack):
     assert_unchanged(before, problem, opt)
 
 
+@pytest.mark.parametrize("stack", [hx.Adam() / hx.SGD(), hx.SGD()], ids=str)
+def test_a_parameter_that_overlaps_itself_changes_nothing(stack):
+    first, other, second = (P(t) for t in (torch.zeros(3), torch.zeros(2), torch.ones(3).expand(4, 3)))
+    opt = hx.HyperOptimizer([{"params": [first]}, {"params": [other, second]}], stack)
+    for group in opt.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones(p.shape)
+    with pytest.raises(ValueError, match=r"params\[1\] holds several elements in one place .* use its clone\(\)"):
+        opt.step()
+    assert not opt.state
+    assert torch.equal(first, torch.zeros(3))
+
+
+def test_another_dtype_is_met_by_the_state_dict():
+    problem = Regression(5)
+    problem.model.float()
+    opt = hx.HyperOptimizer(problem.model.parameters(), hx.Adam() / hx.SGD())
+
+    def step():
+        opt.zero_grad()
+        for p in problem.model.parameters():
+            p.grad = torch.ones_like(p)
+        opt.step()
+
+    step()
+    problem.model.double()
+    with pytest.raises(ValueError, match=r"state\[0\] must be Double, not Float; .* load_state_dict"):
+        step()
+    opt.load_state_dict(opt.state_dict())
+    step()
+    assert all(opt.state[p]["exp_avg"].dtype == torch.float64 for p in problem.model.parameters())
+
+
 def another_dict(change):
     def make(opt):
         state_dict = copy.deepcopy(opt.state_dict())
@@ -321,6 +359,9 @@ def test_operators_check_their_lists():
         op([p], [p], [p, p], [], [one], [one], tower, [1], 0, 1.0, 0.0, 1.0)
     with pytest.raises(ValueError, match="record must hold 1"):
         op([p], [p], [p, p], [], [one], [one], tower, [], 1, 10.0, 0.0, 1.0)
+    for learn in (1 << 5, -1):
+        with pytest.raises(ValueError, match="learn names hyperparameters that rule 'adam' does not have: it has 5"):
+            op([p], [p], [p, p], [], [one], [one], tower, [], learn, 1.0, 0.0, 1.0)
     with pytest.raises(ValueError, match="horizon must be at least 1"):
         op([p], [p], [p, p], [], [one], [one], tower, [], 0, 0.0, 0.0, 1.0)
     assert torch.equal(p, torch.zeros(4))

@@ -197,6 +197,17 @@ def test_a_tensor_too_many_for_towers_of_their_own(change):
             opt.step()
 
 
+def test_a_tensor_in_the_place_of_another_has_its_tower():
+    p, q = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))
+    opt = hx.HyperOptimizer([torch.nn.Parameter(torch.ones(2)), p], TENSORS)
+    p.grad, q.grad = torch.ones(2), torch.ones(3)
+    opt.step()
+    opt.param_groups[0]["params"][1] = q
+    opt.param_groups[0]["lr"][1] = 0.5
+    opt.step()
+    torch.testing.assert_close(q.detach(), torch.full((3,), 0.5))
+
+
 def test_named_parameters():
     problem = Regression(3)
     opt = hx.HyperOptimizer(problem.model.named_parameters(), STACK)

@@ -203,11 +203,15 @@ void step(const Rule& rule, const Pass& pass) {
     const Item item = item_of(batch, rule, pass, i, kWrites);
     Steps steps;
     steps.last = deferred(batch, rule, pass, row, i, item.type);
-    const std::int64_t step = ++counter(pass.steps[i]);
-    counter(pass.ticks[i]) = std::int64_t(row.ticks());
     const PrepareKernel prepare = traced ? set.cpu[item.type].prepare_dual : rule.cpu[item.type].prepare;
-    steps.now = batch.prepared(prepare, row.used, double(step));
+    steps.now = batch.prepared(prepare, row.used, double(counter(pass.steps[i]) + 1));
     batch.add(item, steps);
+  }
+  for (std::size_t i = 0; i < pass.params.size(); ++i) {
+    const Row row = tower_row(rule, pass, i);
+    if (!row.ok()) continue;
+    ++counter(pass.steps[i]);
+    counter(pass.ticks[i]) = std::int64_t(row.ticks());
   }
   batch.run([&](ScalarType type, const Steps& steps, const Slice& slice, std::size_t) {
     if (traced)

@@ -384,6 +384,24 @@ def asking_for_the_state_changes_nothing():
 
 
 @check(2)
+def a_gradient_on_one_process_is_a_step_on_all():
+    """An lr of 0 at the first step is a rehearsal only if no process has a gradient, and processes must not disagree."""
+    mesh = init_device_mesh("cpu", (2,))
+    for stack in (STACKS["adam"], STACKS["plain"]):
+        for row, steps in ((None, 0), (3, 1)):  # of four rows, the last two are on the second process
+            weight = nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
+            opt = hx.HyperOptimizer([weight], stack)
+            grad = torch.zeros(4, 2)
+            if row is not None:
+                grad[row] = 1
+            weight.grad = distribute_tensor(grad, mesh, [Shard(0)])
+            opt.param_groups[0]["lr"] = torch.tensor(0.0)
+            opt.step()
+            assert opt.state[weight]["step"].item() == steps
+            assert_same_on_all(values(opt))
+
+
+@check(2)
 def errors():
     mesh = init_device_mesh("cpu", (2,))
     problem = Half(4)

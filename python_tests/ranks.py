@@ -385,7 +385,7 @@ def asking_for_the_state_changes_nothing():
 
 @check(2)
 def a_gradient_on_one_process_is_a_step_on_all():
-    """An lr of 0 at the first step is a rehearsal only if no process has a gradient, and processes must not disagree."""
+    """An lr of 0 at the first step is a rehearsal only if no process has a gradient: processes must not disagree."""
     mesh = init_device_mesh("cpu", (2,))
     for stack in (STACKS["adam"], STACKS["plain"]):
         for row, steps in ((None, 0), (3, 1)):  # of four rows, the last two are on the second process

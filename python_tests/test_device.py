@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -192,22 +193,24 @@ def test_a_gradient_that_is_not_finite_changes_nothing(device, nonfinite):
     both(device, make, 1e-12)
 
 
+def unrolled(case, detach: bool) -> list[torch.Tensor]:
+    """Three steps in the functional form: the parameters after them, and gradients of a loss on these, or None."""
+    params, targets = shaped(torch.float64)[:8], [p.detach() for p in shaped(torch.float64)[:8]]
+    hyper = {name: torch.tensor(v, dtype=torch.float64, requires_grad=True) for name, v in case.hyper.items()}
+    w, state = params, None
+    for step in range(1, 4):
+        grads = [torch.sin(p) * 0.5 + 0.1 * (p - 1) for p in w]
+        w, state = case.function(w, grads, state, hyper, torch.tensor(step), detach=detach)
+    loss = sum((p * t).sum() for p, t in zip(w, targets, strict=True))
+    return [*w, *torch.autograd.grad(loss, [*hyper.values(), *([] if detach else params)], allow_unused=True)]
+
+
 @every_rule
 def test_the_functional_form_of_every_rule(device, case):
-    def gradients(detach: bool) -> list[torch.Tensor]:
-        params, targets = shaped(torch.float64)[:8], [p.detach() for p in shaped(torch.float64)[:8]]
-        hyper = {name: torch.tensor(v, dtype=torch.float64, requires_grad=True) for name, v in case.hyper.items()}
-        w, state = params, None
-        for step in range(1, 4):
-            grads = [torch.sin(p) * 0.5 + 0.1 * (p - 1) for p in w]
-            w, state = case.function(w, grads, state, hyper, torch.tensor(step), detach=detach)
-        loss = sum((p * t).sum() for p, t in zip(w, targets, strict=True))
-        return [*w, *torch.autograd.grad(loss, [*hyper.values(), *([] if detach else params)], allow_unused=True)]
-
     for detach in (True, False):
-        expected = gradients(detach)
+        expected = unrolled(case, detach)
         with on(device):
-            got = gradients(detach)
+            got = unrolled(case, detach)
         for one, other in zip(got, expected, strict=True):
             assert (one is None) == (other is None)
             if one is not None and one.numel():
@@ -226,19 +229,33 @@ def test_sums_do_not_depend_on_how_often_they_are_made(device):
 class TestTheOrderOfThreadsDoesNotMatter:
     """What a thread writes, no other reads before the next barrier; else results would differ in some order."""
 
-    def assert_equal(self, make: Callable[[], hx.HyperOptimizer]) -> None:
-        with emulated():
-            expected = make()
-        for order in (1, 2):
+    @staticmethod
+    def in_every_order(make: Callable[[], Any]) -> list[Any]:
+        results = []
+        for order in range(3):
             with emulated(order=order):
-                got = make()
+                results.append(make())
+        return results
+
+    def assert_equal(self, make: Callable[[], hx.HyperOptimizer]) -> None:
+        expected, *others = self.in_every_order(make)
+        for got in others:
             assert_same(expected, got, 0.0, 0.0)
 
     @every_rule
     @pytest.mark.parametrize("horizon", [1, 3])
-    def test_for_a_rule(self, case, horizon):
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+    def test_for_a_rule(self, case, horizon, dtype):
         level = case.level(learn=case.names, horizon=horizon, trust=0.1)
-        self.assert_equal(lambda: train(level / hx.SGD(lr=1e-9), shaped(torch.float64), 3, silent={1: 3}))
+        self.assert_equal(lambda: train(level / hx.SGD(lr=1e-9), shaped(dtype), 3, silent={1: 3}))
+
+    @every_rule
+    @pytest.mark.parametrize("detach", [True, False])
+    def test_for_the_functional_form(self, case, detach):
+        expected, *others = self.in_every_order(lambda: unrolled(case, detach))
+        for got in others:
+            for one, other in zip(expected, got, strict=True):
+                assert one is other or torch.equal(one, other)
 
     @settings(max_examples=20)
     @given(stack=safeguarded_stacks())

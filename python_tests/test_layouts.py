@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import resource
+from itertools import pairwise
 
 import pytest
 import torch
@@ -110,7 +111,7 @@ def test_memory_is_flat_over_ten_thousand_steps():
             issubclass(type(o), torch.Tensor) for o in gc.get_objects()
         )
 
-    peak, tensors = steps(500)
-    later_peak, later_tensors = steps(10_000)
-    assert later_tensors <= tensors
-    assert later_peak - peak < 4096  # KiB
+    peaks, tensors = zip(*(steps(n) for n in (500, 2500, 2500, 2500, 2500)), strict=True)
+    assert tensors[-1] <= tensors[0]
+    # What leaks grows all the time; the allocator may take a page more for another reason.
+    assert min(after - before for before, after in pairwise(peaks)) < 1024  # KiB

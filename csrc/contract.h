@@ -51,7 +51,7 @@ using Change = decltype(R::change(std::declval<const P&>(), std::declval<const C
 
 // Lower-case letters, digits and underscores, a letter first.
 constexpr bool is_name(const char* name) {
-  if (!('a' <= *name && *name <= 'z')) return false;
+  if (name == nullptr || !('a' <= *name && *name <= 'z')) return false;
   for (; *name != 0; ++name)
     if (!(('a' <= *name && *name <= 'z') || ('0' <= *name && *name <= '9') || *name == '_')) return false;
   return true;
@@ -167,8 +167,8 @@ constexpr bool keeps_contract() {
     static_assert(
         are_names(R::hypers) && are_names(R::state),
         "hyperopt_ext: names in 'hypers' and in 'state' must be of lower-case letters, digits and underscores, "
-        "each one once");
-    static_assert(are_free(R::state),
+        "each one once, and as many as the array is long");
+    static_assert(!are_names(R::state) || are_free(R::state),
                   "hyperopt_ext: a state cannot be called step, tick, last_grad, last_param or trace_...");
     static_assert(are_in_range(R::hypers), "hyperopt_ext: a hyperparameter must have low <= initial < high");
     static_assert(are_sets(R::sets, R::hypers.size()),

@@ -107,7 +107,7 @@ def build_rules(
     include = include_path()
     content = [torch.__version__, _build.digest(include), *map(str, paths), *(path.read_text() for path in paths)]
     key = hashlib.sha256("\0".join(content).encode()).hexdigest()[:16]
-    name = f"{paths[0].stem}_{key}"
+    name = f"{_identifier(paths[0].stem)}_{key}"
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
     folder = Path(build_directory or Path(root, "hyperopt_ext", name)).resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,12 @@ def build_rules(
 
 def _includes(headers: Sequence[Path]) -> list[tuple[str, str]]:
     """The stem of a header's units, and how they include it."""
-    return [(f"{header.stem}_{i}", header.resolve().as_posix()) for i, header in enumerate(headers)]
+    return [(f"{_identifier(header.stem)}_{i}", header.resolve().as_posix()) for i, header in enumerate(headers)]
+
+
+def _identifier(stem: str) -> str:
+    """For ninja, which takes no blanks in the names of what it makes."""
+    return re.sub(r"\W", "_", stem)
 
 
 _failures: dict[str, str] = {}

@@ -59,6 +59,10 @@ Raises:
 
 def of(spec: type[Level]) -> Callable[..., tuple[list[Tensor], State]]:
     """The function of a class of levels, as of a rule from outside: ``hx.functional.of(hx.Adam)`` is ``adam``."""
+    if not (isinstance(spec, type) and issubclass(spec, Level)):
+        raise TypeError(f"functional.of: spec must be a class of levels, as hx.Adam, not {spec!r}")
+    if spec.first_only:
+        raise TypeError(f"functional.of: {spec.__name__} makes its step by another optimizer, and is no function")
     known, function = spec.structural(), spec.__name__.lower()
 
     def update(
@@ -343,11 +347,13 @@ def tower(stack: Level | Stack) -> Tower:
         A :class:`Tower`: ``init(params)``, ``step(params, grads, state)`` and ``hyperparameters(state)``.
 
     Raises:
-        TypeError: ``stack`` is not one.
+        TypeError: ``stack`` is not one, or wraps another optimizer.
         ValueError: a level has a safeguard (``horizon``, ``trust``, ...), which the paper's form does not know.
     """
     stack = Stack.coerce(stack)
     for level in stack:
+        if level.first_only:
+            raise TypeError(f"functional.tower: {level!r} makes its step by another optimizer, and is no function")
         for name in ("horizon", "granularity", "normalize", "clip", "growth", "trust", "burn_in", "converge"):
             if getattr(level, name) != getattr(Level, name):
                 raise ValueError(f"functional.tower has no {name}, which {level!r} asks for; use hx.HyperOptimizer")

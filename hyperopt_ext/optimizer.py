@@ -222,7 +222,7 @@ class HyperOptimizer(Optimizer):
         Raises:
             ValueError: a gradient is sparse, or does not match its parameter in shape, dtype or device. Nothing is
                 changed then.
-            RuntimeError: under ``torch.export``.
+            RuntimeError: under ``torch.export``, or compiled with ``nonfinite="raise"``.
         """
         loss = None
         if closure is not None:
@@ -235,6 +235,8 @@ class HyperOptimizer(Optimizer):
                 "hx.functional.<rule>"
             )
         if torch.compiler.is_compiling():
+            if any(g.nonfinite == "raise" for g in self._groups):
+                raise RuntimeError("nonfinite='raise' has to read values, which a compiled step cannot; use 'skip'")
             _create_state(self._key)
         else:
             self._adopt_groups()
@@ -273,6 +275,7 @@ class HyperOptimizer(Optimizer):
         self._adopt_groups()
         if not -len(self._groups) <= index < len(self._groups):
             raise IndexError(f"group is {index}, but this optimizer has {len(self._groups)} param groups")
+        self._groups[index].adopt_assignments()
         return self._groups[index]
 
     def _is_rehearsal(self) -> bool:
@@ -388,6 +391,9 @@ class HyperOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         if self._shard_group is not None:
             raise TypeError("an optimizer with a shard_group cannot be copied or pickled; use state_dict()")
+        self._adopt_groups()
+        for group in self._groups:
+            group.adopt_assignments()
         state: dict[str, Any] = super().__getstate__()
         return state
 

@@ -53,12 +53,13 @@ def auto(
         params: as :class:`HyperOptimizer` takes them.
         base: ``"adam"``, ``"adamw"`` or ``"sgd"``, the last with Nesterov's momentum. Default: ``"adam"``.
         lr: the first lr, > 0. Default: ``None``, the largest that the first step allows; until then a number beyond
-            all bounds.
+            all bounds, 1e20.
         maximize, nonfinite: as in :class:`HyperOptimizer`.
         arguments: of the base level, in the place of those above: ``weight_decay=0.1``, ``betas=(0.9, 0.999)``, ...
 
     A scheduler of ``torch.optim.lr_scheduler`` multiplies what is learned (see :class:`HyperOptimizer`); one that names
-    an lr of its own (``OneCycleLR``, ``CyclicLR``) sets the first.
+    a first lr of its own (``OneCycleLR``, ``CyclicLR``) sets it. An ``eta_min``, or the lr of ``SWALR``, counts as a
+    part of the first lr, and needs one to be given.
 
     Raises:
         ValueError: an unknown ``base``, or a value out of its range.

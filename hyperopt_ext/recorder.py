@@ -34,6 +34,7 @@ class _Track:
         self.chunks: list[Tensor] = []
         self.free: list[Tensor] = []
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def record(self) -> None:
         if not self.free:
             rows, columns = self.tower.size(0), self.columns.numel()

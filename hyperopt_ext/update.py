@@ -43,7 +43,7 @@ def _assigned(name: str, value: Any, live: Tensor) -> Tensor:
         return value.reshape(()) if value.numel() == 1 else value
     if not is_number(value):
         raise TypeError(f"param group: {name} must be a number or a tensor of one, not {value!r}")
-    return torch.tensor(value, dtype=live.dtype, device="cpu")
+    return torch.zeros((), dtype=live.dtype, device="cpu") + value  # a sum, so that dynamo makes an input of the number
 
 
 def _pair(betas: Any) -> tuple[Any, Any]:
@@ -87,6 +87,9 @@ class Group:
         self.hyperparameters, self.bounded, self.used = (
             [self._views(level, starts[i]) for level, starts in zip(stack, offsets, strict=True)] for i in range(3)
         )
+        # Of the first level's values, to write to: in a graph, a write to a view without dimensions is lost once an
+        # operator writes to its base.
+        self.columns = {name: self.tower[:, offsets[0][0] + i] for i, name in enumerate(base.values())}
         self.schedule = self.tower[:, _C.SCHEDULE]
         self.initial: Tensor | None = None
         if self.learns_lr() and "lr" in group and "initial_lr" in group:
@@ -129,9 +132,9 @@ class Group:
 
     def link(self) -> None:
         """Puts the live values into the param group, but for an lr that is a scheduler's."""
-        self.entries = dict(self.hyperparameters[0])
+        self.entries, self.targets = dict(self.hyperparameters[0]), dict(self.columns)
         if self.initial is not None:
-            self.entries["lr"] = self.group["lr"]
+            self.entries["lr"] = self.targets["lr"] = self.group["lr"]
         self.group.update(self.entries)
         if self.betas is not None:
             self.group["betas"] = self.betas
@@ -166,7 +169,7 @@ class Group:
         for name, live in self.entries.items():
             value = self.group.get(name)
             if value is not live:
-                live.copy_(_assigned(name, value, live))
+                self.targets[name].copy_(_assigned(name, value, live))
                 self.group[name] = live
         if self.initial is not None:
             self.schedule.copy_(self.entries["lr"] / self.initial)

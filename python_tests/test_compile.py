@@ -131,6 +131,56 @@ def test_a_scheduler_of_a_learned_lr_is_the_same_graph():
     assert optimizers[0].in_use()[0]["lr"] != optimizers[0].hyperparameters()[0]["lr"]
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_assignments_reach_a_compiled_step(backend):
+    problems, optimizers = [Regression(20) for _ in range(2)], []
+    for problem in problems:
+        groups = [
+            {"params": problem.model[0].parameters(), "stack": hx.SGD(lr=0.1)},
+            {"params": problem.model[2].parameters()},
+        ]
+        optimizers.append(hx.HyperOptimizer(groups, hx.Adam(lr=1e-2) / hx.SGD(lr=1e-5)))
+    steps = [optimizers[0].step, torch.compile(optimizers[1].step, fullgraph=True, backend=backend)]
+    for i, value in enumerate([None, 0.05, torch.tensor(0.02), None]):
+        for problem, opt, step in zip(problems, optimizers, steps, strict=True):
+            if value is not None:
+                opt.param_groups[0]["lr"] = value
+                opt.param_groups[1]["betas"] = (0.5 + i / 10, 0.99)
+            train(problem, opt, step, steps=3)
+    assert_compiled_equals_eager(*problems, optimizers)
+    assert abs(optimizers[1].hyperparameters(1)[0]["beta1"].item() - 0.7) < 1e-3
+
+
+@pytest.mark.parametrize("stack", [hx.SGD(lr=0.1, momentum=0.9) / hx.SGD(lr=1e-6), hx.Adam() / hx.SGD()], ids=str)
+def test_a_schedule_of_the_momentum_does_not_recompile(stack):
+    problems = [Regression(30) for _ in range(2)]
+    optimizers = [hx.HyperOptimizer(problem.model.parameters(), stack) for problem in problems]
+    steps = [optimizers[0].step, torch.compile(optimizers[1].step, fullgraph=True)]
+    schedules = [torch.optim.lr_scheduler.OneCycleLR(opt, 0.05, total_steps=30) for opt in optimizers]
+    for _ in range(29):
+        for problem, opt, step, schedule in zip(problems, optimizers, steps, schedules, strict=True):
+            train(problem, opt, step, steps=1)
+            schedule.step()
+    assert_compiled_equals_eager(*problems, optimizers)
+
+
+def test_a_recorder_in_a_compiled_step_with_graph_breaks():
+    problem = Regression(5)
+    opt = hx.HyperOptimizer(problem.model.parameters(), STACKS["adam"])
+    recorder = hx.Recorder(opt)
+    train(problem, opt, torch.compile(opt.step, backend="aot_eager"), steps=3)
+    assert len(recorder) == 3
+    assert recorder.hyperparameters()[0]["lr"][-1] == opt.hyperparameters()[0]["lr"]
+
+
+def test_a_compiled_step_cannot_raise_for_a_value():
+    problem = Regression(1)
+    opt = hx.HyperOptimizer(problem.model.parameters(), hx.Adam() / hx.SGD(), nonfinite="raise")
+    problem.loss(0).backward()
+    with pytest.raises(Exception, match="nonfinite='raise' has to read values"):
+        torch.compile(opt.step, fullgraph=True, backend="eager")()
+
+
 def test_what_a_compiled_step_did_is_recorded_beside_it():
     problem = Regression(5)
     opt = hx.HyperOptimizer(problem.model.parameters(), STACKS["adam"])

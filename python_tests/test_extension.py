@@ -64,7 +64,7 @@ def _built_here(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def header(tmp_path_factory):
-    header = tmp_path_factory.mktemp("rule") / "plain.h"
+    header = tmp_path_factory.mktemp("rule") / "plain rule.h"
     header.write_text(rule_text("plain"))
     return header
 
@@ -188,6 +188,7 @@ BROKEN = {
     "few_values": (ONE_STATE, "advance() returns fewer values than 'state' has names"),
     "unknown_bit": ([("sets{bit(lr)}", "sets{bit(1)}")], "each of 'sets' must be made of the bits of hyperparameters"),
     "a_number": ([("return 0.0 * w", "return 0.0")], "penalty() must return a dual number"),
+    "few_names": ([*ONE_STATE, ('{"m"}', "{}"), ("pack()", "pack(m)")], "and as many as the array is long"),
     "taken_state": ([*ONE_STATE, ('{"m"}', '{"tick"}'), ("pack()", "pack(m)")], "a state cannot be called step, tick"),
     "out_of_range": ([("1e-3, 0,", "-1e-3, 0,")], "a hyperparameter must have low <= initial < high"),
 }

@@ -89,6 +89,14 @@ def test_a_tower_of_functions_changes_nothing_and_can_go_back():
     ("change", "error", "words"),
     [
         (lambda t, p, g, s: hx.functional.tower("adam"), TypeError, "stack must be a level or a stack"),
+        (
+            lambda t, p, g, s: hx.functional.tower(hx.Wrap(torch.optim.Muon) / hx.SGD()),
+            TypeError,
+            "makes its step by another optimizer",
+        ),
+        (lambda t, p, g, s: hx.functional.of(hx.Wrap), TypeError, "Wrap makes its step by another optimizer"),
+        (lambda t, p, g, s: hx.functional.of("adam"), TypeError, "spec must be a class of levels, .* not 'adam'"),
+        (lambda t, p, g, s: hx.functional.of(hx.SGD()), TypeError, "spec must be a class of levels"),
         (lambda t, p, g, s: hx.functional.tower(hx.SGD(clip=1.0)), ValueError, "no clip, which SGD"),
         (lambda t, p, g, s: hx.functional.tower(hx.SGD() / hx.SGD(horizon=9)), ValueError, "no horizon"),
         (lambda t, p, g, s: t.init(p[0]), TypeError, "params must be a list of tensors, or a dict"),

@@ -452,6 +452,20 @@ def test_resuming_is_bit_for_bit(stack, way, dtype):
     assert values(opt) == values(resumed)
 
 
+@pytest.mark.parametrize("stack", [hx.SGD(lr=0.1), STACK, TENSORS], ids=str)
+def test_copies_have_what_was_assigned_before_the_next_step(stack):
+    opt = hx.HyperOptimizer([torch.nn.Parameter(torch.ones(2))], stack)
+    opt.param_groups[0]["lr"] = 0.25
+    if "betas" in opt.param_groups[0]:
+        opt.param_groups[0]["betas"] = (0.5, 0.75)
+    copies = [copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))]
+    for each in [*copies, opt]:
+        level = each.hyperparameters()[0]
+        assert level["lr"].item() == 0.25
+        assert level.get("beta1", 0.5) == 0.5
+        assert each.param_groups[0]["lr"] is level["lr"]
+
+
 def test_a_loaded_state_is_not_shared():
     problem = Regression(5)
     opt = hx.HyperOptimizer(problem.model.parameters(), STACK)

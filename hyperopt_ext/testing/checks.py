@@ -117,7 +117,8 @@ def hypergradient(opt: HyperOptimizer, params: list[Tensor], grads: list[Tensor]
 
 def twin_run(case: Case, w: Tensor, grads: Sequence[Tensor], hyper: Mapping[str, float]) -> tuple[Tensor, State]:
     """The twin's last parameter after steps on `grads`, with the hyperparameters of the last step as leaves."""
-    state = {name: torch.zeros_like(w) for name in RULES[case.rule]["state"]}
+    start = case.level(hyper).start()
+    state = {name: torch.full_like(w, start.get(name, 0.0)) for name in RULES[case.rule]["state"]}
     fixed = {name: torch.tensor(float(value), dtype=torch.float64) for name, value in hyper.items()}
     leaves = {name: value.clone().requires_grad_() for name, value in fixed.items()}
     for step, g in enumerate(grads, 1):
@@ -184,7 +185,7 @@ def traces_are_discounted_sums(case: Case, learn: Sequence[str]) -> None:
     hyper = {name: torch.tensor(float(value), dtype=torch.float64) for name, value in case.hyper.items()}
     p = torch.nn.Parameter(torch.randn(500, dtype=torch.float64))
     opt = HyperOptimizer([p], level / SGD(lr=0.0))
-    state = {name: torch.zeros_like(p) for name in level.start()}
+    state = {name: torch.full_like(p, start) for name, start in level.start().items()}
     traces = {name: torch.zeros_like(p).detach() for name in learn}
     for step in range(1, 8):
         w, p.grad = p.detach().clone(), torch.randn_like(p)

@@ -103,10 +103,14 @@ def _param_lists(opt: HyperOptimizer, params: Iterable[Any] | None) -> list[list
     own = [list(group["params"]) for group in opt.param_groups]
     if params is None:
         return own
-    given = list(params)
+
+    def unnamed(entries: Iterable[Any]) -> list[Any]:
+        return [entry[1] if isinstance(entry, tuple) and isinstance(entry[0], str) else entry for entry in entries]
+
+    given = unnamed(params)
     if given and isinstance(given[0], Tensor):
         given = [given]
-    lists = [list(entry["params"] if isinstance(entry, dict) else entry) for entry in given]
+    lists = [unnamed(entry["params"] if isinstance(entry, dict) else entry) for entry in given]
     if [len(entry) for entry in lists] != [len(entry) for entry in own]:
         raise ValueError(
             f"export: params has groups of {[len(entry) for entry in lists]} tensors, but the optimizer's are of "

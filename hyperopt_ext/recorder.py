@@ -94,6 +94,9 @@ class Recorder:
             for track in self._tracks:
                 track.record()
 
+    def __getstate__(self) -> dict[str, object]:
+        raise TypeError("a Recorder cannot be copied or pickled; keep curves(), and make one of the new optimizer")
+
     def _track(self, group: int) -> _Track:
         if not -len(self._tracks) <= group < len(self._tracks):
             raise IndexError(

@@ -141,6 +141,9 @@ class Wrap(Level):
         optimizer = self.optimizer(group["params"], **{**arguments, "lr": self.lr})
         if not isinstance(optimizer, Optimizer) or len(optimizer.param_groups) != 1:
             raise TypeError(f"Wrap: {self} made {type(optimizer).__name__}, which is no torch.optim.Optimizer")
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise TypeError(f"Wrap: {self} evaluates the loss in its step, by a closure, and cannot be wrapped")
         return optimizer
 
     def step_of(self, group: dict[str, Any]) -> Callable[..., None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 
 import matplotlib.image
 import pytest
@@ -83,6 +84,9 @@ def test_it_goes_on_after_a_checkpoint_and_can_be_closed():
     problem.train(opt, range(3))
     opt.load_state_dict(copy.deepcopy(opt.state_dict()))
     copy.deepcopy(opt)
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="a Recorder cannot be copied or pickled"):
+            copied(recorder)
     problem.train(opt, range(3, 6))
     assert recorder.hyperparameters()[0]["lr"][-1] == opt.hyperparameters()[0]["lr"]
     recorder.close()
@@ -172,7 +176,7 @@ def test_an_exported_run_is_the_run_again(case, granularity):
     opt = hx.HyperOptimizer(learned.model.parameters(), level / hx.SGD(lr=1e-4))
     recorder = hx.Recorder(opt)
     learned.train(opt, range(30))
-    plain, schedule = opt.export(recorder, params=again.model.parameters())
+    plain, schedule = opt.export(recorder, params=again.model.named_parameters())
     assert type(plain).__module__.startswith("torch.optim")
     with float64_by_default():
         for i in range(30):

@@ -258,6 +258,11 @@ WRONG = [
     (lambda: hx.Wrap(torch.optim.Muon, 0.02), TypeError, "given by name, as lr=0.02"),
     (lambda: hx.Wrap(hx.Adam), TypeError, "Adam is a level already"),
     (lambda: hx.Wrap(torch.optim.Muon, momentun=0.9), TypeError, "Muon has no argument 'momentun'"),
+    (
+        lambda: hx.HyperOptimizer([torch.nn.Parameter(torch.ones(1))], hx.Wrap(torch.optim.LBFGS) / hx.SGD()),
+        TypeError,
+        "LBFGS evaluates the loss in its step",
+    ),
     (lambda: hx.Wrap(torch.optim.LBFGS, learn="beta1"), ValueError, "learn names 'beta1'"),
     (lambda: hx.Wrap(torch.optim.LBFGS, learn="weight_decay"), ValueError, "LBFGS has no weight_decay to learn"),
     (lambda: hx.Wrap(torch.optim.Muon, lr=-1.0), ValueError, "lr must be in"),

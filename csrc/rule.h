@@ -10,6 +10,10 @@
 // What advance() returns beyond the state is not stored (Lion's direction, Adadelta's step: they are made of a state
 // that the same step replaces).
 //
+// They are templates with a parameter for each argument, since each may carry other directions, and they are made of
+// what dual.h has: + - * / between duals and numbers, sqrt, pow(dual, number) and pow(number, dual), max, sign,
+// where(condition, dual, dual), and constant(number), which makes a dual of a number. A condition is one of `a.value`.
+//
 // From these four the library instantiates the update, the hypergradient and the scalar tower. `sets` names the learned
 // sets to specialise, smallest first (none and all come by themselves; any other set uses the smallest that holds it).
 // Which hyperparameters reach the state, and what of the last step has to be kept for the next hypergradient, is read

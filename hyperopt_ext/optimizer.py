@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer
 from hyperopt_ext import _C, distributed
 from hyperopt_ext.export import export
 from hyperopt_ext.stack import RULES, Level, Stack
-from hyperopt_ext.update import Group, Update, move_towers, new_tower, state_dtype
+from hyperopt_ext.update import Group, Update, check_policy, move_towers, new_tower, state_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 Loss = TypeVar("Loss")  # what a closure returns: a float, or a tensor
 
-_POLICIES = ("hold", "skip", "raise")
 _UNPRINTED = ("params", "tower", "betas", "optimizer")
 # What a param group holds that load_state_dict() copies into and does not replace.
 _OWN = ("stack", "tower", "optimizer")
@@ -261,10 +260,13 @@ class HyperOptimizer(Optimizer):
         return loss
 
     def _adopt_groups(self) -> None:
-        """Groups may have been taken out, and trainers that shard a model put new lists of parameters in place."""
+        """Groups may have been taken out or given another policy, and what shards a model puts new lists in place."""
         groups: list[dict[str, Any]] = self.__dict__["param_groups"]
         if len(groups) != len(self._groups) or any(
-            g.group is not group or g.params is not group["params"] or (g.row_of and len(g.row_of) != len(g.params))
+            g.group is not group
+            or g.params is not group["params"]
+            or g.nonfinite is not group["nonfinite"]
+            or (g.row_of and len(g.row_of) != len(g.params))
             for g, group in zip(self._groups, groups, strict=True)
         ):
             for g in self._groups:
@@ -305,9 +307,7 @@ class HyperOptimizer(Optimizer):
         elif not isinstance(group["params"], set):
             group["params"] = list(group["params"])
         stack = self._stack_for(group)
-        policy = group.get("nonfinite", self.defaults["nonfinite"])
-        if policy is not None and policy not in _POLICIES:
-            raise ValueError(f"nonfinite is {policy!r}, but the policies are {', '.join(map(repr, _POLICIES))}")
+        check_policy(group.get("nonfinite", self.defaults["nonfinite"]))
         maximize = group.get("maximize", self.defaults["maximize"])
         if not isinstance(maximize, bool):
             raise TypeError(f"maximize must be True or False, not {maximize!r}")
@@ -505,6 +505,7 @@ class HyperOptimizer(Optimizer):
                 found = "no tower" if shape is None else f"a tower of the shape {tuple(shape)}"
                 raise ValueError(f"state_dict: param group {i} has {found}, but this optimizer needs {tuple(expected)}")
             self._groups[i].edited(saved)
+            check_policy(saved["nonfinite"])
             if "optimizer" in group:
                 inner = saved.get("optimizer")
                 if not isinstance(inner, Mapping) or [len(g["params"]) for g in inner.get("param_groups", [])] != [

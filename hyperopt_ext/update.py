@@ -11,6 +11,13 @@ from torch import Tensor
 from hyperopt_ext import _C, distributed
 from hyperopt_ext.stack import Level, Stack, is_number
 
+_POLICIES = ("hold", "skip", "raise")
+
+
+def check_policy(policy: Any) -> None:
+    if policy is not None and policy not in _POLICIES:
+        raise ValueError(f"nonfinite is {policy!r}, but the policies are {', '.join(map(repr, _POLICIES))}")
+
 
 def state_dtype(p: Tensor, name: str) -> torch.dtype:
     """Counters are int64; the arithmetic and the state of half-precision parameters are fp32."""
@@ -68,6 +75,7 @@ class Group:
             )
         self.learn = base.learn_mask() if len(stack) > 1 else 0
         self.horizon = base.horizons()
+        check_policy(group["nonfinite"])
         self.nonfinite: str | None = group["nonfinite"]
         self.capped = base.trust is not None
         self.sums = self.learn != 0 or self.nonfinite is not None  # else pass A has nothing to say

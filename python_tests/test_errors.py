@@ -307,6 +307,7 @@ BAD_STATE_DICTS = {
     "no state": (lambda opt: {"param_groups": opt.state_dict()["param_groups"]}, "has no 'state'"),
     "no parameters": (another_dict(lambda d: d["param_groups"][0].pop("params")), "param group 0 has no 'params'"),
     "no policy": (another_dict(lambda d: d["param_groups"][0].pop("nonfinite")), "param group 0 has no 'nonfinite'"),
+    "another policy": (another_dict(lambda d: d["param_groups"][0].update(nonfinite="stop")), "nonfinite is 'stop'"),
     "no number": (another_dict(lambda d: d["param_groups"][0].update(lr="0.1")), "lr must be a number"),
     "many numbers": (another_dict(lambda d: d["param_groups"][0].update(lr=torch.ones(3))), "lr must be a number"),
     "one beta": (another_dict(lambda d: d["param_groups"][0].update(betas=0.9)), "betas must be two numbers"),

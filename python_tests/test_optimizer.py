@@ -197,6 +197,22 @@ def test_a_tensor_too_many_for_towers_of_their_own(change):
             opt.step()
 
 
+def test_the_policy_of_a_group_can_be_changed():
+    p = torch.nn.Parameter(torch.ones(2))
+    opt = hx.HyperOptimizer([p], hx.Adam() / hx.SGD(lr=1e-5))
+    p.grad = torch.full((2,), float("nan"))
+    opt.param_groups[0]["nonfinite"] = "raise"
+    with pytest.raises(FloatingPointError):
+        opt.step()
+    opt.param_groups[0]["nonfinite"] = "ignore"
+    for _ in range(2):
+        with pytest.raises(ValueError, match="nonfinite is 'ignore', but the policies are 'hold', 'skip', 'raise'"):
+            opt.step()
+    opt.param_groups[0]["nonfinite"] = "skip"
+    opt.step()
+    assert opt.skipped_steps() == 1
+
+
 def test_a_tensor_in_the_place_of_another_has_its_tower():
     p, q = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))
     opt = hx.HyperOptimizer([torch.nn.Parameter(torch.ones(2)), p], TENSORS)

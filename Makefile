@@ -8,13 +8,14 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 ARGS ?=
 JOBS ?= 2
+OUT ?= benchmarks/results
 
 BIN := $(VENV)/bin
 TORCH_STAMP := $(VENV)/.installed-$(shell echo '$(TORCH)' | tr -c 'A-Za-z0-9.\n' _)
 SOURCES := setup.py pyproject.toml hyperopt_ext/_build.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/* examples/*/*/*.h python_tests/*.cpp)
 
-.PHONY: demo test lint format benchmarks gpu clean
+.PHONY: demo test lint format benchmarks gpu gpu-build gpu-test gpu-benchmark gpu-sanitizers clean
 
 demo: $(VENV)/.built
 	$(BIN)/python -m hyperopt_ext.demo $(ARGS)
@@ -41,13 +42,24 @@ benchmarks: $(VENV)/.built
 	$(BIN)/python benchmarks/compile.py
 	$(BIN)/python -m pytest benchmarks -o addopts= --benchmark-only
 
-# On a GPU machine, with the Python that has its torch, and no network: build, tests of the kernels, sanitizers, benchmark.
-gpu:
+# On a GPU machine, with the Python that has its torch, and no network: build, tests of the kernels, benchmark, sanitizers.
+# `make -k gpu` goes on with the others where one fails.
+gpu: gpu-test gpu-benchmark gpu-sanitizers
+
+gpu-build:
 	$(PYTHON) setup.py build_ext --inplace
-	$(PYTHON) -m pytest -m cuda python_tests/test_device.py python_tests/test_compile.py $(ARGS)
-	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) benchmarks/gpu_step.py
-	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) benchmarks/gpu_step.py
-	$(PYTHON) benchmarks/gpu.py
+
+gpu-test: gpu-build
+	PYTHONPATH=. $(PYTHON) -m pytest -m cuda python_tests/test_device.py python_tests/test_compile.py $(ARGS)
+
+gpu-benchmark: gpu-build
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --out $(OUT)
+
+# Without torch's cache of memory, in which a wrong access would not show. racecheck knows shared memory alone.
+gpu-sanitizers: gpu-build
+	for tool in memcheck racecheck synccheck; do \
+	  PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) benchmarks/gpu_step.py || exit; \
+	done
 
 clean:
 	rm -rf $(VENV) build *.egg-info hyperopt_ext/*.so

@@ -21,7 +21,7 @@ struct IsDual<Dual<T, M>> : std::true_type {};
 template <class T>
 struct IsPack : std::false_type {};
 template <class... D>
-struct IsPack<std::tuple<D...>> : std::bool_constant<(IsDual<D>::value && ...)> {};
+struct IsPack<Pack<D...>> : std::bool_constant<(IsDual<D>::value && ...)> {};
 
 template <class T, class Array>
 constexpr bool kIsArrayOf = false;
@@ -101,7 +101,7 @@ constexpr bool are_sets(const Array& sets, std::size_t hypers) {
 }
 
 template <class R, class P, class... S>
-constexpr bool has_change(const std::tuple<S...>*) {
+constexpr bool has_change(const Pack<S...>*) {
   constexpr bool called = kExists<Change, R, P, S...>;
   static_assert(
       called,

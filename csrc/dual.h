@@ -240,7 +240,8 @@ HX_FN Dual<T, A> pow(const Dual<T, A>& a, double n) {
   if constexpr (A == 0) {
     return constant(power);
   } else {
-    const bool is_flat = n == 0.0 || (a.value == T(0) && 0.0 < n && n < 1.0);
+    if (a.value != T(0)) return chain(power, a, T(n) * power / a.value);
+    const bool is_flat = n == 0.0 || (0.0 < n && n < 1.0);
     return chain(power, a, is_flat ? T(0) : T(n) * std::pow(a.value, T(n - 1)));
   }
 }

@@ -66,7 +66,7 @@ struct Elements {
   }
   template <class State, std::size_t... I>
   HX_FN void set_state([[maybe_unused]] std::int64_t i, const State& values, std::index_sequence<I...>) const {
-    ((s[I][i] = std::get<I>(values).value), ...);
+    ((s[I][i] = get<I>(values).value), ...);
   }
 };
 
@@ -74,18 +74,18 @@ struct Elements {
 // stands at the front of it.
 template <class R, class P, class E, class State, std::size_t... I>
 HX_FN auto advance(const P& p, const E& e, const State& state, std::index_sequence<I...>) {
-  return R::advance(p, e, std::get<I>(state)...);
+  return R::advance(p, e, get<I>(state)...);
 }
 template <class R, class P, class E, class State>
 HX_FN auto advance(const P& p, const E& e, const State& state) {
   return advance<R>(p, e, state, std::make_index_sequence<R::state.size()>{});
 }
 template <class R, class P, class E, class W, class... S, std::size_t... I>
-HX_FN auto change(const P& p, const E& e, const W& w, const std::tuple<S...>& state, std::index_sequence<I...>) {
-  return R::change(p, e, w, std::get<I>(state)...);
+HX_FN auto change(const P& p, const E& e, const W& w, const Pack<S...>& state, std::index_sequence<I...>) {
+  return R::change(p, e, w, get<I>(state)...);
 }
 template <class R, class P, class E, class W, class... S>
-HX_FN auto change(const P& p, const E& e, const W& w, const std::tuple<S...>& state) {
+HX_FN auto change(const P& p, const E& e, const W& w, const Pack<S...>& state) {
   return change<R>(p, e, w, state, std::index_sequence_for<S...>{});
 }
 
@@ -133,36 +133,24 @@ HX_FN auto state_after(const P& p, const E& e, const State& stored) {
     return stored;
 }
 
-// The parameter before the last step and its effective gradient, the latter with its tangents.
-template <class R, Mask S, bool Given, bool Before, class P, class X, class State>
-HX_FN auto last_inputs(const P& p, const X& x, std::int64_t i, const State& stored) {
+// The parameter before the last step and its effective gradient, the latter with its tangents. What is not on record is
+// not needed, and 0.
+template <class R, Mask S, bool Given, class P, class X>
+HX_FN auto last_inputs(const P& p, const X& x, std::int64_t i) {
   using A = typename X::A;
-  constexpr unsigned kept = RecordOf<R, S>;
-  if constexpr (Given) {
-    const auto w = x.last_param(i);
-    return pack(w, x.last_grad(i) + R::penalty(p, w));
-  } else if constexpr ((kept & kGrad) == 0) {
-    if constexpr ((kept & kParam) != 0)
-      return pack(x.last_param(i), constant(A(0)));
+  constexpr bool has_param = Given || (RecordOf<R, S> & kParam) != 0, has_grad = Given || (RecordOf<R, S> & kGrad) != 0;
+  const auto w = [&]() HX_LAMBDA {
+    if constexpr (has_param)
+      return x.last_param(i);
     else
-      return pack(constant(A(0)), constant(A(0)));
-  } else if constexpr (!PenaltyIsLearned<R, S>) {
-    if constexpr ((kept & kParam) != 0)
-      return pack(x.last_param(i), x.last_grad(i));
-    else
-      return pack(constant(A(0)), x.last_grad(i));
-  } else {
-    const auto e = x.last_grad(i);
-    const auto w = [&]() HX_LAMBDA {
-      if constexpr ((kept & kParam) != 0)
-        return x.last_param(i);
-      else  // change() does not read w, or kParam would be set
-        return constant(A(x.w[i]) - change<R>(p, e, constant(A(0)), state_after<R, Before>(p, e, stored)).value);
-    }();
-    auto with_tangents = R::penalty(p, w);
-    with_tangents.value = e.value;
-    return pack(w, with_tangents);
-  }
+      return constant(A(0));
+  }();
+  auto e = R::penalty(p, w);
+  if constexpr (Given)
+    e.value += x.last_grad(i).value;
+  else if constexpr (has_grad)  // the penalty is in it
+    e.value = x.last_grad(i).value;
+  return pack(w, e);
 }
 
 // The last change of an element, with its derivatives with respect to the hyperparameters S.
@@ -172,9 +160,8 @@ HX_FN auto last_inputs(const P& p, const X& x, std::int64_t i, const State& stor
 template <class R, Mask S, bool Given, class P, class X>
 HX_FN auto last_change(const P& p, const X& x, std::int64_t i) {
   constexpr bool before = Given || (RecordOf<R, S> & kDeferred) != 0;
-  const auto stored = x.state(i);
-  const auto [w, e] = last_inputs<R, S, Given, before>(p, x, i, stored);
-  return change<R>(p, e, w, state_after<R, before>(p, e, stored));
+  const auto [w, e] = last_inputs<R, S, Given>(p, x, i);
+  return change<R>(p, e, w, state_after<R, before>(p, e, x.state(i)));
 }
 
 // The vector-Jacobian product of a step whose inputs are stored as for last_change() with Given = true. x.grad() is
@@ -193,7 +180,7 @@ HX_FN void pull_back(const P& p, const X& x, std::int64_t i, Above&& above, Belo
   const auto pull = [&](auto d) HX_LAMBDA {
     A total = upstream * updated.template tangent<d>();
     each_direction<states>(
-        [&](auto s) HX_LAMBDA { total += above(s - kOfState) * std::get<s - kOfState>(after).template tangent<d>(); });
+        [&](auto s) HX_LAMBDA { total += above(s - kOfState) * get<s - kOfState>(after).template tangent<d>(); });
     return total;
   };
   each_direction<kAllHypers<R>>([&](auto d) HX_LAMBDA { sum(int(d), pull(d)); });

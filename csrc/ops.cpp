@@ -455,7 +455,8 @@ bool is_defined(const std::string& name) {
 }
 
 void define_ops(const Rule& rule) {
-  define_reading(rule, "_hypergradient", ", bool norm", 2 * rule.hypers.size() + 1, &Backend::hypergradient);
+  define_reading(rule, "_hypergradient", ", bool norm, bool squares", 2 * rule.hypers.size() + 1,
+                 &Backend::hypergradient);
   define_reading(rule, "_norms", "", 3, &Backend::norms);
   define_writing(rule, "_step_", {&Pass::params, &Pass::state, &Pass::record, &Pass::steps, &Pass::ticks},
                  &Backend::step);

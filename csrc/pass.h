@@ -58,10 +58,10 @@ struct Inputs {
 struct Backend {
   // float64 [rows of the tower, 2 hypers + 1]. For each hyperparameter in `learn`, with z = d w / dh through the last
   // update (horizon 1; a parameter that took no part in the tower's last tick adds nothing) or its trace: the products
-  // <G, z>, which are the hypergradients, then the squared norms of the z. The last column is the squared norm of the
-  // gradient, or -1 for a row without parameters in this pass. If nothing is learned, all columns are 0, but for the
-  // last one if `norm` asks for it.
-  at::Tensor (*hypergradient)(const Rule&, const Pass&, bool norm);
+  // <G, z>, which are the hypergradients, then the squared norms of the z, which may be 0 unless `squares` asks for them.
+  // The last column is the squared norm of the gradient, or -1 for a row without parameters in this pass. If nothing is
+  // learned, all columns are 0, but for the last one if `norm` asks for it.
+  at::Tensor (*hypergradient)(const Rule&, const Pass&, bool norm, bool squares);
 
   // float64 [rows, 3]: the squared norms of the update that `step` would make if lr were 1, and of the parameters, and
   // their number.

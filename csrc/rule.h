@@ -25,10 +25,26 @@
 #include <cstddef>
 #include <limits>
 #include <string>
-#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "dual.h"
+
+namespace hyperopt_ext {
+template <class... D>
+struct Pack;
+}
+
+// For structured bindings.
+template <class... D>
+struct std::tuple_size<hyperopt_ext::Pack<D...>> : std::integral_constant<std::size_t, sizeof...(D)> {};
+template <std::size_t I, class First, class... Rest>
+struct std::tuple_element<I, hyperopt_ext::Pack<First, Rest...>>
+    : std::tuple_element<I - 1, hyperopt_ext::Pack<Rest...>> {};
+template <class First, class... Rest>
+struct std::tuple_element<0, hyperopt_ext::Pack<First, Rest...>> {
+  using type = const First;
+};
 
 namespace hyperopt_ext {
 
@@ -73,19 +89,39 @@ HX_FN Dual<double, S & bit(I)> get(const Hypers<S>& h) {
   return result;
 }
 
-// What prepare() and advance() return. Where it is used, a structured binding gives the values their names.
+// What prepare() and advance() return. Where it is used, a structured binding gives the values their names. It is no
+// std::tuple, whose constructors are functions of the host: nvcc leaves out, without a word, what they should do.
 template <class... D>
-HX_FN std::tuple<D...> pack(const D&... values) {
-  return {values...};
+struct Pack {};
+template <class First, class... Rest>
+struct Pack<First, Rest...> {
+  First first;
+  Pack<Rest...> rest;
+};
+
+HX_FN Pack<> pack() {
+  return {};
+}
+template <class First, class... Rest>
+HX_FN Pack<First, Rest...> pack(const First& first, const Rest&... rest) {
+  return {first, pack(rest...)};
+}
+
+template <std::size_t I, class... D>
+HX_FN const auto& get(const Pack<D...>& values) {
+  if constexpr (I == 0)
+    return values.first;
+  else
+    return get<I - 1>(values.rest);
 }
 
 // The prepared values of a step in the arithmetic type of the elements.
 template <class T, class... D, std::size_t... I>
-HX_FN auto to(const std::tuple<D...>& values, std::index_sequence<I...>) {
-  return pack(to<T>(std::get<I>(values))...);
+HX_FN auto to(const Pack<D...>& values, std::index_sequence<I...>) {
+  return pack(to<T>(get<I>(values))...);
 }
 template <class T, class... D>
-HX_FN auto to(const std::tuple<D...>& values) {
+HX_FN auto to(const Pack<D...>& values) {
   return to<T>(values, std::index_sequence_for<D...>{});
 }
 template <class R, class T, Mask S>
@@ -111,7 +147,7 @@ constexpr Mask kProbeGrad = bit(kOfGrad), kProbeParam = bit(kOfParam);
 template <class Tuple>
 struct MaskOf;
 template <class... S>
-struct MaskOf<std::tuple<S...>> {
+struct MaskOf<Pack<S...>> {
   static constexpr Mask value = (Mask(0) | ... | S::mask);
 };
 
@@ -145,7 +181,7 @@ constexpr unsigned record_of(std::index_sequence<I...>) {
   using Change = typename ProbeChange<R, P, std::make_index_sequence<returned>>::type;
   const bool deferred = (MaskOf<State>::value & S) != 0 || returned > R::state.size();
   const bool grad = deferred || (Change::mask & kProbeGrad) != 0 || (Penalty::mask & S) != 0;
-  const bool param = (Change::mask & kProbeParam) != 0;
+  const bool param = (Change::mask & kProbeParam) != 0 || (Penalty::mask & S) != 0;
   return S == 0 ? kNothing : (grad ? kGrad : 0u) | (deferred ? kDeferred : 0u) | (param ? kParam : 0u);
 }
 
@@ -166,11 +202,6 @@ constexpr Mask set_at(std::size_t i) {
 // What has to be kept between steps when the hyperparameters S of rule R are learned.
 template <class R, Mask S>
 constexpr unsigned RecordOf = detail::record_of<R, S>(std::make_index_sequence<R::state.size()>{});
-
-// Whether the effective gradient depends on a hyperparameter in S (learned, coupled weight decay).
-template <class R, Mask S>
-constexpr bool PenaltyIsLearned =
-    (decltype(R::penalty(R::prepare(std::declval<Hypers<S>>(), 1.0), std::declval<Dual<double, 0>>()))::mask & S) != 0;
 
 namespace detail {
 
@@ -226,9 +257,9 @@ struct LearnedKernels {
   void (*norms)(const Slice&, const void* prepared, const void* last_prepared, double* sums);
   PrepareKernel prepare_dual;  // for the two below
   void (*traced_update)(const Slice&, const void* prepared_dual);
-  // sums [2 n + 1] over the n hyperparameters of the set, lowest first: of G z, of z^2, and of G^2, where G is the
-  // gradient and z the derivative of the last update
-  SumKernel hypergradient;
+  // sums [2 n + 1] over the n hyperparameters of the set, lowest first: of G z, of z^2 ([1] alone), and of G^2, where G
+  // is the gradient and z the derivative of the last update
+  SumKernel hypergradient[2];
 };
 
 // A set of hyperparameters for which kernels are compiled.

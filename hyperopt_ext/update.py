@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,6 +27,11 @@ def state_dtype(p: Tensor, name: str) -> torch.dtype:
     return p.dtype if name == "last_param" or p.dtype == torch.float64 else torch.float32
 
 
+def has_state(state: Mapping[Tensor, dict[str, Any]], p: Tensor) -> bool:
+    """Whether there is this library's state: an entry may be empty, having been looked at, or hold a caller's own."""
+    return p in state and "step" in state[p]
+
+
 def new_tower(stack: Stack, params: list[Tensor], device: torch.device) -> Tensor:
     """One row for all parameters, or, if the first level has hyperparameters for each tensor, one for each.
 
@@ -45,9 +51,10 @@ def _foreign_levels(plan: list[int]) -> list[tuple[int, int]]:
 
 
 def _assigned(name: str, value: Any, live: Tensor) -> Tensor:
-    """What a caller put in the place of a hyperparameter's live value, to be copied there."""
+    """What a caller put in the place of a hyperparameter's live value (perhaps a view of it), to be copied there."""
     if isinstance(value, Tensor) and value.numel() in (1, live.numel()):
-        return value.reshape(()) if value.numel() == 1 else value
+        own: Tensor = value.detach().clone()
+        return own.reshape(()) if own.numel() == 1 else own
     if not is_number(value):
         raise TypeError(f"param group: {name} must be a number or a tensor of one, not {value!r}")
     return torch.zeros((), dtype=live.dtype, device="cpu") + value  # a sum, so that dynamo makes an input of the number
@@ -67,6 +74,7 @@ class Group:
         base, plan = stack[0], stack.plan()
         self.group, self.stack = group, stack
         self.params: list[Tensor] = group["params"]
+        self.tensors = len(self.params)
         self.tower: Tensor = group["tower"]
         if base.granularity == "tensor" and max(1, len(self.params)) != len(self.tower):
             raise ValueError(
@@ -78,6 +86,7 @@ class Group:
         check_policy(group["nonfinite"])
         self.nonfinite: str | None = group["nonfinite"]
         self.capped = base.trust is not None
+        self.normalize = base.normalize
         self.sums = self.learn != 0 or self.nonfinite is not None  # else pass A has nothing to say
         # The row of each parameter, if they have rows of their own.
         self.row_of = self._numbered() if base.granularity == "tensor" else None
@@ -100,7 +109,7 @@ class Group:
         self.columns = {name: self.tower[:, offsets[0][0] + i] for i, name in enumerate(base.values())}
         self.schedule = self.tower[:, _C.SCHEDULE]
         self.initial: Tensor | None = None
-        if self.learns_lr() and "lr" in group and "initial_lr" in group:
+        if self.scales_lr() and "lr" in group and "initial_lr" in group:
             for name in ("lr", "initial_lr"):
                 group[name] = torch.as_tensor(group[name], dtype=torch.float64, device=device)
             self.initial = group["initial_lr"]
@@ -135,8 +144,10 @@ class Group:
     def count(self, column: int) -> Tensor:
         return self.tower[0, column] if self.row_of is None else self.tower[:, column]
 
-    def learns_lr(self) -> bool:
-        return self.learn != 0 and "lr" in self.stack[0].learn_names
+    def scales_lr(self) -> bool:
+        """Whether a scheduler's lr is a factor of another one, which is learned or has a value for each tensor."""
+        learned = self.learn != 0 and "lr" in self.stack[0].learn_names
+        return learned or (self.row_of is not None and "lr" in self.hyperparameters[0])
 
     def link(self) -> None:
         """Puts the live values into the param group, but for an lr that is a scheduler's."""
@@ -148,18 +159,27 @@ class Group:
             self.group["betas"] = self.betas
 
     def meet_scheduler(self) -> None:
-        """An lr_scheduler writes ``initial_lr``. If lr is learned, it gets an entry ``lr`` of its own to write to."""
+        """An lr_scheduler writes ``initial_lr``. If it :meth:`scales_lr`, it gets an ``lr`` of its own to write to."""
         initial = self.group.get("initial_lr")
-        if initial is self.initial or not self.learns_lr():
+        if initial is self.initial or not self.scales_lr():
+            return
+        if initial is None:  # the scheduler was taken away: lr is the learned one again
+            if self.group["lr"] is self.entries["lr"]:
+                self.group["lr"] = self.hyperparameters[0]["lr"]
+            self.initial = None
+            self.schedule.fill_(1.0)
+            self.entries, self.targets = dict(self.hyperparameters[0]), dict(self.columns)
             return
         live = self.hyperparameters[0]["lr"]
         value = torch.as_tensor(initial, dtype=live.dtype, device=live.device)
-        own = value.numel() > 1  # a copy of the lrs of all tensors
-        value = value.new_tensor(self.stack[0].values()["lr"]) if own else value.reshape(())
+        value = value.reshape(-1)
+        own = len(value) > 1  # a copy of the lrs of all tensors
+        same = not own or bool((value == value[0]).all())
+        value = value[0] if same else value.new_tensor(self.stack[0].values()["lr"])
         if not bool(value > 0):
             del self.group["initial_lr"]
             raise ValueError(
-                "param group: a scheduler multiplies a learned lr by its value over initial_lr, so initial_lr must be "
+                "param group: a scheduler multiplies this lr by its own over initial_lr, so initial_lr must be "
                 f"greater than 0, not {value.item():g}"
             )
         if not own:
@@ -177,7 +197,10 @@ class Group:
         for name, live in self.entries.items():
             value = self.group.get(name)
             if value is not live:
-                self.targets[name].copy_(_assigned(name, value, live))
+                if is_number(value) and not torch.compiler.is_compiling():
+                    self.targets[name].fill_(float(value))  # a copy from the host would wait for the device
+                else:
+                    self.targets[name].copy_(_assigned(name, value, live))
                 self.group[name] = live
         if self.initial is not None:
             self.schedule.copy_(self.entries["lr"] / self.initial)
@@ -192,6 +215,9 @@ class Group:
                 if not torch.equal(value.expand_as(live[name]), live[name]):  # else beta1 may be what was edited
                     values[name] = value
         return values
+
+    def state_names(self) -> list[str]:
+        return ["step", "tick", *self.states, *self.records]
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
         start = {"step": 0, "tick": -1, **self.states, **dict.fromkeys(self.records, 0)}
@@ -222,8 +248,8 @@ class Update:
         self.reduction = reduction
         self.grad_scale = None if grad_scale is None else grad_scale.to(device, torch.float32, non_blocking=True)
         self.found_inf = None if found_inf is None else found_inf.to(device, non_blocking=True)
-        self.new = {p: group.new_state(p) for p in params if p not in state}
-        states = [state[p] if p in state else self.new[p] for p in params]
+        self.new = {p: group.new_state(p) for p in params if not has_state(state, p)}
+        states = [self.new[p] if p in self.new else state[p] for p in params]
         if reduction is None:
             grads = [p.grad for p in params]
         else:
@@ -236,7 +262,7 @@ class Update:
         self.idle = None
         if group.row_of is None and len(params) != len(group.group["params"]):
             moving = set(params)
-            idle = [p for p in group.group["params"] if p in state and p not in moving]
+            idle = [p for p in group.group["params"] if p not in moving and has_state(state, p)]
             self.idle = self._arguments(idle, idle, [state[p] for p in idle])
 
     def _arguments(self, params: list[Tensor], grads: list[Any], states: list[dict[str, Tensor]]) -> tuple[Any, ...]:
@@ -262,7 +288,8 @@ class Update:
 
     def hypergradient(self) -> Tensor:
         """Pass A. Checks all lists before anything is changed."""
-        sums: Tensor = self.group.hypergradient(*self.counted, self.group.nonfinite is not None, self.grad_scale)
+        g = self.group
+        sums: Tensor = g.hypergradient(*self.counted, g.nonfinite is not None, g.normalize, self.grad_scale)
         if self.found_inf is not None:  # in any group: all of them sit the step out
             norm = sums[:, -1]
             norm.masked_fill_((self.found_inf != 0) & (norm >= 0), math.inf)
@@ -280,14 +307,19 @@ class Update:
 
 
 def move_towers(updates: list[Update], reduction: distributed.Reduction | None) -> None:
-    """All towers in one call, and, where ``trust`` asks for it, the largest lr that the coming update allows."""
+    """All towers of a device in one call; where ``trust`` asks for it, to the largest lr that the update allows."""
 
     def apply(op: Any, some: list[Update], sums: list[Tensor]) -> None:
-        groups = [update.group for update in some]
-        if groups:
+        devices: list[torch.device] = []
+        for update in some:
+            if update.group.tower.device not in devices:
+                devices.append(update.group.tower.device)
+        for device in devices:
+            here = [(u.group, own) for u, own in zip(some, sums, strict=True) if u.group.tower.device == device]
+            groups = [group for group, _ in here]
             op(
                 [g.tower for g in groups],
-                sums,
+                [own for _, own in here],
                 [g.plan for g in groups],
                 [g.bounds for g in groups],
                 [g.settings for g in groups],

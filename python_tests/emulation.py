@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -51,26 +51,36 @@ def load() -> ctypes.CDLL:
 
 
 @contextlib.contextmanager
-def emulated(foreign: Collection[str] = (), order: int = 0) -> Iterator[None]:
-    """Operators are those of the emulation; the tower is treated as if the rules in `foreign` were not built in.
-
-    `order` is that of blocks and threads: 0 by number, 1 the reverse, 2 random.
-    """
-    library, plan_of = load(), Stack.plan
+def replaced_places(place_of: Callable[[str, int], int]) -> Iterator[None]:
+    """place_of(name, place) is the place of a rule among those that the tower is compiled with; -1: it is none."""
+    plan_of = Stack.plan
     width, rule, built_in = len(_C.PLAN), _C.PLAN.index("rule"), _C.PLAN.index("built_in")
     names = [info["name"] for info in _C.rules()]
 
     def plan(stack: Stack) -> list[int]:
         plan = plan_of(stack)
         for start in range(0, len(plan), width):
-            name = names[plan[start + rule]]
-            place = -1 if name in foreign else library.emulated_built_in(name.encode())
-            plan[start + built_in] = place
+            plan[start + built_in] = place_of(names[plan[start + rule]], plan[start + built_in])
         return plan
+
+    with mock.patch.object(Stack, "plan", plan):
+        yield
+
+
+@contextlib.contextmanager
+def emulated(foreign: Collection[str] = (), order: int = 0) -> Iterator[None]:
+    """Operators are those of the emulation; the tower is treated as if the rules in `foreign` were not built in.
+
+    `order` is that of blocks and threads: 0 by number, 1 the reverse, 2 random.
+    """
+    library = load()
+
+    def place(name: str, _: int) -> int:
+        return -1 if name in foreign else library.emulated_built_in(name.encode())
 
     with (
         mock.patch.object(torch.ops, "hyperopt_ext", torch.ops.hyperopt_ext_emulated),
-        mock.patch.object(Stack, "plan", plan),
+        replaced_places(place),
     ):
         library.emulate_order(order)
         try:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import pytest
 import torch
 from cases import CASES, safeguarded_stacks
-from emulation import emulated
+from emulation import emulated, replaced_places
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from problems import relative_error
@@ -27,8 +27,15 @@ def device(request) -> str:
     return request.param
 
 
-def on(device: str, foreign: tuple[str, ...] = ()) -> contextlib.AbstractContextManager[object]:
-    return emulated(foreign) if device == "emulated" else torch.device(device)
+@contextlib.contextmanager
+def on(device: str, foreign: Collection[str] = ()) -> Iterator[None]:
+    """Tensors and operators are those of the device; the tower treats the rules in `foreign` as if not built in."""
+    if device == "emulated":
+        with emulated(foreign):
+            yield
+    else:
+        with torch.device(device), replaced_places(lambda name, place: -1 if name in foreign else place):
+            yield
 
 
 def place(t: torch.Tensor) -> torch.Tensor:
@@ -37,7 +44,7 @@ def place(t: torch.Tensor) -> torch.Tensor:
     if device.type == "cpu":
         return t
     base = torch.empty(t.untyped_storage().nbytes() // t.element_size(), dtype=t.dtype)
-    base.copy_(torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()))
+    base.copy_(torch.empty(0, dtype=t.dtype, device="cpu").set_(t.untyped_storage()))
     return base.as_strided(t.shape, t.stride(), t.storage_offset())
 
 

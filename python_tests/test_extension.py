@@ -41,7 +41,7 @@ struct Class {
   template <class P, class E>
   HX_FN static auto advance(const P&, const E&) { return pack(); }
   template <class P, class E, class W>
-  HX_FN static auto change(const P& p, const E& e, const W&) { return -(std::get<0>(p) * e); }
+  HX_FN static auto change(const P& p, const E& e, const W&) { return -(get<0>(p) * e); }
 };
 HX_REGISTER_RULE(Class)
 }

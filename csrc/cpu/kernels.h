@@ -121,9 +121,10 @@ HX_CLONES void settle(const Slice& slice, const void* last_prepared) {
 }
 
 // sums[k] += sum_i G_i z_i for the k-th hyperparameter of S, where z_i = d w_new_i / dh for the w_new that the last
-// step made. After these, unless Given, sum_i z_i^2 for each of them, and sum_i G_i^2. Given: as in last_change();
-// last_param and last_grad are of the parameter's dtype then.
-template <class R, class T, Mask S, bool Given>
+// step made. After these, unless Given, sum_i z_i^2 for each of them (if Squares; they cost a quarter of the pass where it
+// is not bound by memory), and sum_i G_i^2. Given: as in last_change(); last_param and last_grad are of the parameter's
+// dtype then.
+template <class R, class T, Mask S, bool Given, bool Squares>
 HX_CLONES void hypergradient(const Slice& slice, const void* prepared, double* sums) {
   using A = Arithmetic<T>;
   using P = Prepared<R, A, S>;
@@ -132,7 +133,8 @@ HX_CLONES void hypergradient(const Slice& slice, const void* prepared, double* s
   const P p = *static_cast<const P*>(prepared);
   for (std::int64_t begin = 0; begin < slice.count; begin += kSumBlock) {
     const std::int64_t end = std::min(begin + kSumBlock, slice.count);
-    A products[n] = {}, squares[n] = {}, square = A(0);
+    A products[n] = {}, square = A(0);
+    [[maybe_unused]] A squares[n] = {};
     HX_INDEPENDENT
     for (std::int64_t i = begin; i < end; ++i) {
       const auto delta = last_change<R, S, Given>(p, x, i);
@@ -140,15 +142,14 @@ HX_CLONES void hypergradient(const Slice& slice, const void* prepared, double* s
       each_direction<S>([&](auto d) HX_LAMBDA {
         const A z = delta.template tangent<d>();
         products[position(S, d)] += upstream * z;
-        if constexpr (!Given) squares[position(S, d)] += z * z;
+        if constexpr (Squares) squares[position(S, d)] += z * z;
       });
       if constexpr (!Given) square += upstream * upstream;
     }
     for (int k = 0; k < n; ++k) sums[k] += double(products[k]);
-    if constexpr (!Given) {
+    if constexpr (Squares)
       for (int k = 0; k < n; ++k) sums[n + k] += double(squares[k]);
-      sums[2 * n] += double(square);
-    }
+    if constexpr (!Given) sums[2 * n] += double(square);
   }
 }
 

@@ -113,7 +113,7 @@ const void* deferred(Batch& batch, const Rule& rule, const Pass& pass, const Row
   return pending ? batch.prepared(rule.cpu[type].prepare, row.previous, double(step)) : nullptr;
 }
 
-at::Tensor hypergradient(const Rule& rule, const Pass& pass, bool norm) {
+at::Tensor hypergradient(const Rule& rule, const Pass& pass, bool norm, bool squares) {
   const std::size_t hypers = rule.hypers.size(), width = 2 * hypers + 1;
   at::Tensor result = at::zeros({pass.tower.size(0), std::int64_t(width)}, pass.tower.options());
   if (pass.learn == 0 && !norm) return result;
@@ -142,7 +142,7 @@ at::Tensor hypergradient(const Rule& rule, const Pass& pass, bool norm) {
         sums[k] = products[0], sums[learned + k] = products[1], sums[2 * learned] = products[2];
       }
     } else if (steps.now != nullptr) {
-      set.cpu[type].hypergradient(slice, steps.now, sums);
+      set.cpu[type].hypergradient[squares](slice, steps.now, sums);
     } else {
       vectors[type].squared_norm(slice, sums + 2 * learned);
     }
@@ -244,6 +244,8 @@ void settle(const Rule& rule, const Pass& pass) {
 }
 
 void update(const Rule& rule, const Inputs& inputs, at::TensorList outputs) {
+  TORCH_CHECK_VALUE(*inputs.step.const_data_ptr<double>() >= 1, "step is ", *inputs.step.const_data_ptr<double>(),
+                    ", but steps are counted from 1");
   const LearnedSet& set = rule.set_for(0);
   Batch batch(inputs.params.size());
   for (std::size_t i = 0; i < inputs.params.size(); ++i) {

@@ -10,16 +10,19 @@ namespace {
 
 template <class R, class T>
 constexpr StepKernels step_kernels() {
-  return {prepare<R, T, 0>, settle<R, T>, hypergradient<R, T, kAllHypers<R>, true>, vjp<R, T>};
+  return {prepare<R, T, 0>, settle<R, T>, hypergradient<R, T, kAllHypers<R>, true, false>, vjp<R, T>};
 }
 
 template <class R, class T, Mask S>
 constexpr LearnedKernels learned_kernels() {
   if constexpr (S == 0)
-    return {update<R, T, kNothing>, norms<R, T, false>, nullptr, nullptr, nullptr};
+    return {update<R, T, kNothing>, norms<R, T, false>, nullptr, nullptr, {}};
   else
-    return {update<R, T, RecordOf<R, S>>, norms<R, T, (RecordOf<R, S> & kDeferred) != 0>, prepare<R, T, S>,
-            traced_update<R, T, S>, hypergradient<R, T, S, false>};
+    return {update<R, T, RecordOf<R, S>>,
+            norms<R, T, (RecordOf<R, S> & kDeferred) != 0>,
+            prepare<R, T, S>,
+            traced_update<R, T, S>,
+            {hypergradient<R, T, S, false, false>, hypergradient<R, T, S, false, true>}};
 }
 
 template <class R, Mask S>

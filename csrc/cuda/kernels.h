@@ -161,7 +161,7 @@ struct Norms {
       shared.values[kThreads + thread] = double(params);
       shared.values[2 * kThreads + thread] = thread == 0 && chunk.ok ? double(chunk.count) : 0.0;
     });
-    finish_sums<kThreads>(team, shared.values, kColumns, launch, block);
+    finish_sums<kThreads, kColumns>(team, shared.values, launch, block);
   }
 };
 
@@ -253,10 +253,7 @@ struct Hypergradient {
     PreparedStep<R, A, S> now;
     double values[kColumns * kThreads];
   };
-  // Of the record, the parameter is read only where the penalty's derivative needs it.
-  static constexpr unsigned kParts =
-      kOfG | kOfS |
-      (Given ? kOfLastG | kOfLastW : parts_of(RecordOf<R, S>) | (PenaltyIsLearned<R, S> ? unsigned(kOfW) : 0u));
+  static constexpr unsigned kParts = kOfG | kOfS | (Given ? kOfLastG | kOfLastW : parts_of(RecordOf<R, S>));
 
   template <class Team>
   HX_FN static void block(const Launch& launch, int block, Shared& shared, const Team& team) {
@@ -304,7 +301,7 @@ struct Hypergradient {
         shared.values[2 * kLearned * kThreads + thread] = double(square);
       }
     });
-    finish_sums<kThreads>(team, shared.values, kColumns, launch, block);
+    finish_sums<kThreads, kColumns>(team, shared.values, launch, block);
   }
 };
 
@@ -356,7 +353,7 @@ struct Vjp {
       HX_UNROLL
       for (int k = 0; k < kColumns; ++k) shared.values[k * kThreads + thread] = double(sums[k]);
     });
-    finish_sums<kThreads>(team, shared.values, kColumns, launch, block);
+    finish_sums<kThreads, kColumns>(team, shared.values, launch, block);
   }
 };
 

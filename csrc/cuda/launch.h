@@ -229,6 +229,26 @@ struct alignas(kVector * sizeof(S) < 16 ? kVector * sizeof(S) : 16) Vector {
   S values[kVector];
 };
 
+// All of a vector, 16 bytes at a time: of an assignment, nvcc makes a store for each number. (All stores are cached as
+// __stcg says, in the second cache.)
+template <class S>
+HX_FN void store(const Vector<S>& from, S* to) {
+#ifdef __CUDA_ARCH__
+  constexpr int kWords = sizeof(Vector<S>) / sizeof(unsigned);
+  unsigned words[kWords];
+  memcpy(words, &from, sizeof(words));
+  if constexpr (kWords == 2) {
+    __stcg(reinterpret_cast<uint2*>(to), make_uint2(words[0], words[1]));
+  } else {
+    HX_UNROLL
+    for (int k = 0; k < kWords; k += 4)
+      __stcg(reinterpret_cast<uint4*>(to) + k / 4, make_uint4(words[k], words[k + 1], words[k + 2], words[k + 3]));
+  }
+#else
+  *reinterpret_cast<Vector<S>*>(to) = from;
+#endif
+}
+
 template <class S, class A>
 HX_FN void read(const void* start, std::int64_t i, int n, bool whole, A (&to)[kVector]) {
   const S* const from = static_cast<const S*>(start) + i;
@@ -249,7 +269,7 @@ HX_FN void write(const A (&from)[kVector], void* start, std::int64_t i, int n, b
     Vector<S> vector;
     HX_UNROLL
     for (int j = 0; j < kVector; ++j) vector.values[j] = S(from[j]);
-    *reinterpret_cast<Vector<S>*>(to) = vector;
+    store(vector, to);
   } else {
     HX_UNROLL
     for (int j = 0; j < kVector; ++j)
@@ -282,31 +302,34 @@ HX_FN void write(ScalarType type, const A (&from)[kVector], void* start, std::in
     write<c10::BFloat16>(from, start, i, n, whole);
 }
 
-// Adds values [columns][Threads] up over the threads, in a fixed order, into those columns of `partial` that place(column)
+// Adds values [Columns][Threads] up over the threads, in a fixed order, into those columns of `partial` that place(column)
 // names.
-template <int Threads, class Team, class F>
-HX_FN void finish_sums(const Team& team, double* values, int columns, const Launch& launch, int block, F&& place) {
+template <int Threads, int Columns, class Team, class F>
+HX_FN void finish_sums(const Team& team, double* values, const Launch& launch, int block, F&& place) {
   constexpr int kParts = 16;  // sums of every 16th value: neighbouring threads read from different banks
+  static_assert(Columns <= Threads);
   team.each([&](int thread) {
-    for (int q = thread; q < columns * kParts; q += Threads) {
+    HX_UNROLL_BY(1)  // the registers of a kernel are those of its hungriest phase, and this one has the least to do
+    for (int q = thread; q < Columns * kParts; q += Threads) {
       double* const part = values + q / kParts * Threads + q % kParts;
       double sum = 0.0;
+      HX_UNROLL_BY(4)
       for (int j = 0; j < Threads; j += kParts) sum += part[j];
       part[0] = sum;
     }
   });
   team.each([&](int thread) {
-    for (int column = thread; column < columns; column += Threads) {
-      double sum = 0.0;
-      for (int part = 0; part < kParts; ++part) sum += values[column * Threads + part];
-      launch.partial[place(column) * launch.chunks + launch.first_chunk + block] = sum;
-    }
+    if (thread >= Columns) return;
+    double sum = 0.0;
+    HX_UNROLL_BY(4)
+    for (int part = 0; part < kParts; ++part) sum += values[thread * Threads + part];
+    launch.partial[place(thread) * launch.chunks + launch.first_chunk + block] = sum;
   });
 }
 
-template <int Threads, class Team>
-HX_FN void finish_sums(const Team& team, double* values, int columns, const Launch& launch, int block) {
-  finish_sums<Threads>(team, values, columns, launch, block, [](int column) { return column; });
+template <int Threads, int Columns, class Team>
+HX_FN void finish_sums(const Team& team, double* values, const Launch& launch, int block) {
+  finish_sums<Threads, Columns>(team, values, launch, block, [](int column) { return column; });
 }
 
 // A pass's sums over its chunks, a block for each number of the result [rows, width].

@@ -215,7 +215,7 @@ class Batch {
   Launch common_{};
 };
 
-at::Tensor hypergradient(const Rule& rule, const Pass& pass, bool norm) {
+at::Tensor hypergradient(const Rule& rule, const Pass& pass, bool norm, bool /* squares: always */) {
   const int hypers = int(rule.hypers.size());
   const std::vector<std::int64_t> sizes{pass.tower.size(0), 2 * hypers + 1};
   if (pass.learn == 0 && !norm) return at::zeros(sizes, pass.tower.options());

@@ -26,7 +26,7 @@ struct SquaredNorm {
       });
       shared.values[thread] = double(square);
     });
-    finish_sums<kThreads>(team, shared.values, 1, launch, block);
+    finish_sums<kThreads, 1>(team, shared.values, launch, block);
   }
 };
 
@@ -68,8 +68,8 @@ struct TraceProducts {
         shared.values[kThreads + thread] = double(norm);
         shared.values[2 * kThreads + thread] = double(square);
       });
-      finish_sums<kThreads>(team, shared.values, 3, launch, block,
-                            [=](int column) { return column == 2 ? 2 * learned : column * learned + k; });
+      finish_sums<kThreads, 3>(team, shared.values, launch, block,
+                               [=](int column) { return column == 2 ? 2 * learned : column * learned + k; });
     }
   }
 };

@@ -22,19 +22,26 @@ struct NAdam {
   static constexpr std::array<const char*, 2> state{"exp_avg", "exp_avg_sq"};
   static constexpr std::array sets{bit(lr), bit(lr) | bit(beta1) | bit(beta2)};
 
-  template <class H>
-  HX_FN static auto momentum(const H& h, double step) {
-    return get<beta1>(h) * (1.0 - 0.5 * pow(0.96, step * get<momentum_decay>(h)));
+  // The momentum coefficient of a step t, from 0.96^(t momentum_decay).
+  template <class H, class D>
+  HX_FN static auto momentum(const H& h, const D& decay) {
+    return get<beta1>(h) * (1.0 - 0.5 * decay);
   }
 
   template <class H>
   HX_FN static auto prepare(const H& h, double step) {
-    const auto now = momentum(h, step), next = momentum(h, step + 1.0);
-    auto product = momentum(h, 1.0);
+    const auto now = momentum(h, pow(0.96, step * get<momentum_decay>(h))),
+               next = momentum(h, pow(0.96, (step + 1.0) * get<momentum_decay>(h)));
+    const auto per_step = pow(0.96, get<momentum_decay>(h));
+    auto decay = per_step;
+    auto factor = momentum(h, decay), product = factor;
     // Until the product is negligible, or its factors have grown to beta1.
     double i = 2.0;
-    for (; i <= step && product.value > 1e-30 && momentum(h, i).value < get<beta1>(h).value; i += 1.0)
-      product = product * momentum(h, i);
+    for (; i <= step && product.value > 1e-30 && factor.value < get<beta1>(h).value; i += 1.0) {
+      decay = decay * per_step;
+      factor = momentum(h, decay);
+      product = product * factor;
+    }
     if (i <= step) product = product * pow(get<beta1>(h), step - i + 1.0);
     return pack(get<lr>(h) * (1.0 - now) / (1.0 - product), get<lr>(h) * next / (1.0 - product * next), get<beta1>(h),
                 1.0 - get<beta1>(h), get<beta2>(h), 1.0 - get<beta2>(h), 1.0 / sqrt(1.0 - pow(get<beta2>(h), step)),

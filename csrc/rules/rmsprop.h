@@ -57,13 +57,13 @@ struct RMSprop {
     [[maybe_unused]] const auto before = pack(rest...);
     const auto square = keep * square_avg + take * e * e;
     if constexpr (Centered) {
-      const auto mean = keep * std::get<0>(before) + take * e;
+      const auto mean = keep * get<0>(before) + take * e;
       if constexpr (Momentum)
-        return pack(square, mean, momentum * std::get<1>(before) + e / denominator(p, square, mean));
+        return pack(square, mean, momentum * get<1>(before) + e / denominator(p, square, mean));
       else
         return pack(square, mean);
     } else if constexpr (Momentum) {
-      return pack(square, momentum * std::get<0>(before) + e / denominator(p, square));
+      return pack(square, momentum * get<0>(before) + e / denominator(p, square));
     } else {
       return pack(square);
     }
@@ -73,7 +73,7 @@ struct RMSprop {
   HX_FN static auto change(const P& p, const E& e, const W&, const S&... after) {
     const auto& [lr, keep, take, eps, weight_decay, eps_root, momentum] = p;
     if constexpr (Momentum)
-      return -(lr * std::get<sizeof...(S) - 1>(pack(after...)));
+      return -(lr * get<sizeof...(S) - 1>(pack(after...)));
     else
       return -(lr * e) / denominator(p, after...);
   }

@@ -111,7 +111,7 @@ def operands(opt: HyperOptimizer, params: list[Tensor], grads: list[Tensor]) -> 
 
 def hypergradient(opt: HyperOptimizer, params: list[Tensor], grads: list[Tensor]) -> Tensor:
     of_rule = getattr(torch.ops.hyperopt_ext, f"{opt.stack[0].rule}_hypergradient")
-    sums: Tensor = of_rule(*operands(opt, params, grads), False)[0]
+    sums: Tensor = of_rule(*operands(opt, params, grads), False, False)[0]
     return sums
 
 
@@ -152,7 +152,10 @@ def the_case_is_complete(case: Case) -> None:
 
 
 def hypergradients_equal_autograd(case: Case, zeroed: Mapping[str, float], steps: int) -> None:
-    """For every learned set, also where a coefficient is 0 and where no gradient ever was; and so do the updates."""
+    """For every learned set, also where a coefficient is 0 and where no gradient ever was; and so do the updates.
+
+    And whatever was done to the parameters since: clipped, pruned, averaged.
+    """
     hyper = {**case.hyper, **zeroed}
     grads, upstream = some_gradients(steps)
     start = torch.randn(grads[0].shape, dtype=torch.float64)
@@ -172,6 +175,8 @@ def hypergradients_equal_autograd(case: Case, zeroed: Mapping[str, float], steps
             p.grad = g.clone()
             opt.step()
         assert_near(p.detach(), w.detach(), where + "the parameters", 1e-12)
+        with torch.no_grad():
+            p.mul_(0.5)
         got = hypergradient(opt, [p], [upstream])
         for i, name in enumerate(case.names):
             value = expected[name] if name in learn else 0.0
@@ -328,7 +333,7 @@ def operators_pass_opcheck(case: Case, learn: Sequence[str]) -> None:
     opt.step()
     plain = [p.detach().clone() for p in params]
     arguments, check = operands(opt, plain, grads), torch.library.opcheck
-    check(op(case, "_hypergradient"), (*arguments, True))
+    check(op(case, "_hypergradient"), (*arguments, True, True))
     for suffix in ("_norms", "_step_", "_settle_"):
         check(op(case, suffix), (*arguments, torch.tensor(2.0)))
     lr_alone = tuple(learn) == ("lr",)

@@ -71,7 +71,7 @@ def export(
     groups, factors, starts = [], [], []
     for i, (group, tensors) in enumerate(zip(opt.param_groups, lists, strict=True)):
         level: Level = group["stack"][0]
-        record = None if recorder is None else recorder.in_use(i)
+        record = None if recorder is None else recorder.in_use(recorder.number_of(group["tower"]))
         own = level.granularity == "tensor"
         for j, part in enumerate([[p] for p in tensors] if own else [tensors]):
             curves = None if record is None else {k: v[:, j] if own else v for k, v in record.items()}

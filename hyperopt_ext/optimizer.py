@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 from weakref import WeakValueDictionary
 
@@ -13,8 +15,8 @@ from torch.optim.optimizer import Optimizer
 
 from hyperopt_ext import _C, distributed
 from hyperopt_ext.export import export
-from hyperopt_ext.stack import RULES, Level, Stack
-from hyperopt_ext.update import Group, Update, check_policy, move_towers, new_tower, state_dtype
+from hyperopt_ext.stack import RULES, Level, Stack, is_number
+from hyperopt_ext.update import Group, Update, check_policy, has_state, move_towers, new_tower, state_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -36,10 +38,15 @@ _alive: WeakValueDictionary[str, HyperOptimizer] = WeakValueDictionary()
 def _create_state(key: str) -> None:
     """Runs while a step is traced, so that the graph finds all state there and need not change after the first step."""
     opt = _alive[key]
+    opt._adopt_groups()
     for group in opt._groups:
-        for p in group.group["params"]:
-            if p.requires_grad and p not in opt.state:
-                opt.state[p] = group.new_state(p)
+        torch._dynamo.mark_static_address(group.tower)  # what a step writes to is in no CUDA graph else
+        for p in group.params:
+            if p.requires_grad and not has_state(opt.state, p):
+                opt.state[p].update(group.new_state(p))
+            if has_state(opt.state, p):
+                for name in group.state_names():
+                    torch._dynamo.mark_static_address(opt.state[p][name])
 
 
 class HyperOptimizer(Optimizer):
@@ -71,10 +78,11 @@ class HyperOptimizer(Optimizer):
     State, in ``opt.state[p]``: ``step`` (updates made) and ``tick`` (the step of the tower that the last one belongs
     to), both int64 of no dimension; the rule's state, and, where the next hypergradient needs it, ``last_grad``, each
     of the parameter's shape in fp32 (fp64 for fp64 parameters), and ``last_param``, a copy of the parameter before its
-    last update (of rules with decoupled weight decay). If a learned hyperparameter reaches the state (Adam's betas), or
-    the update is made of a state that it replaces (Lion, Adadelta), the state is that *before* the update that
-    ``last_grad`` made: it is advanced in the next step. With a ``horizon`` of more than one step there is neither of
-    the two and no lag, but a ``trace_lr`` (and so on) for each learned hyperparameter, in the state's dtype.
+    last update (where weight decay is decoupled, or learned). If a learned hyperparameter reaches the state (Adam's
+    betas), or the update is made of a state that it replaces (Lion, Adadelta), the state is that *before* the update
+    that ``last_grad`` made: it is advanced in the next step. With a ``horizon`` of more than one step there is neither
+    of the two and no lag, but a ``trace_lr`` (and so on) for each learned hyperparameter, in the state's dtype. Entries
+    of others (as of a wrapper around the optimizer) are kept, saved and loaded.
 
     Current values are in ``param_groups`` by name (``"lr"``, ``"beta1"``, ...) for the first level and in
     :meth:`hyperparameters` for all: float64 tensors of no dimension on the parameters' device. They may be written to
@@ -233,17 +241,20 @@ class HyperOptimizer(Optimizer):
                 "torch.export would make constants of the parameters and of the optimizer's state; export a step of "
                 "hx.functional.<rule>"
             )
-        if torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if compiling:
+            _create_state(self._key)
             if any(g.nonfinite == "raise" for g in self._groups):
                 raise RuntimeError("nonfinite='raise' has to read values, which a compiled step cannot; use 'skip'")
+        self._adopt_groups()
+        if not compiling and not self.state and self._is_rehearsal():
             _create_state(self._key)
-        else:
-            self._adopt_groups()
-            if not self.state and self._is_rehearsal():
-                _create_state(self._key)
-                return loss
+            return loss
         # All gradients before any state: dynamo must not meet a parameter as a key of the state first.
         moving = [[p for p in g.group["params"] if p.grad is not None and p.requires_grad] for g in self._groups]
+        if compiling:
+            for p in [*(p for g in self._groups for p in g.params), *self.state]:
+                id(p)  # makes a guard: with another tensor in its place, the step is traced again
         for group in self._groups:
             group.adopt_assignments()
         reduction = self._reduction
@@ -256,20 +267,28 @@ class HyperOptimizer(Optimizer):
         move_towers(updates, reduction)
         for update in updates:
             update.step()
-            self.state.update(update.new)
+            for p, state in update.new.items():
+                self.state[p].update(state)
         return loss
 
     def _adopt_groups(self) -> None:
-        """Groups may have been taken out or given another policy, and what shards a model puts new lists in place."""
+        """Groups may have been taken out or given another policy, and what shards a model puts new lists in place.
+
+        Reads all from the groups first, since dynamo makes guards of what it meets first.
+        """
         groups: list[dict[str, Any]] = self.__dict__["param_groups"]
         if len(groups) != len(self._groups) or any(
-            g.group is not group
-            or g.params is not group["params"]
-            or g.nonfinite is not group["nonfinite"]
-            or (g.row_of and len(g.row_of) != len(g.params))
-            for g, group in zip(self._groups, groups, strict=True)
+            group is not g.group
+            or group["stack"] is not g.stack
+            or group["params"] is not g.params
+            or group["nonfinite"] is not g.nonfinite
+            or len(group["params"]) != g.tensors
+            for group, g in zip(groups, self._groups, strict=True)
         ):
             for g in self._groups:
+                if g.stack is not g.group["stack"]:
+                    g.group["stack"] = g.stack
+                    raise ValueError("param group: its stack stays what it is; add_param_group() takes another one")
                 g.adopt_assignments()
             self._attach_all()
 
@@ -348,7 +367,10 @@ class HyperOptimizer(Optimizer):
                     f"param group: {name} is set through the arguments of {stack[0]}: {', '.join(arguments)}"
                 )
         for name in sorted({h["name"] for rule in RULES.values() for h in rule["hypers"]} & set(group)):
-            raise ValueError(f"param group: {stack[0]} has no {name}; its arguments are {', '.join(arguments)}")
+            warnings.warn(
+                f"param group: {stack[0]} has no {name}, which does nothing; its arguments are {', '.join(arguments)}",
+                stacklevel=4,
+            )
         return Stack((stack[0].replace(**changes), *stack.levels[1:])) if changes else stack
 
     @staticmethod
@@ -404,7 +426,16 @@ class HyperOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch.optim. A group holds its ``tower`` (all levels) and, as a string, the structure of its stack."""
-        state_dict = super().state_dict()
+        hook = self.register_state_dict_post_hook(self._describe, prepend=True)  # before the caller's own hooks
+        try:
+            state_dict: dict[str, Any] = super().state_dict()
+        finally:
+            hook.remove()
+        return state_dict
+
+    @staticmethod
+    def _describe(_: Optimizer, state_dict: dict[str, Any]) -> None:
+        """Stacks and wrapped optimizers, as what torch.save() takes."""
         for group in state_dict["param_groups"]:
             stack: Stack = group["stack"]
             group["stack"] = stack.structure()
@@ -414,7 +445,6 @@ class HyperOptimizer(Optimizer):
             for name in stack[0].values():
                 if isinstance(value := group.get(name), Tensor):
                     group[name] = value.contiguous()
-        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where the optimizer that gave ``state_dict`` stood, bit for bit.
@@ -431,6 +461,7 @@ class HyperOptimizer(Optimizer):
 
         def check(_: Optimizer, incoming: dict[str, Any]) -> None:
             self._check_state_dict(incoming)
+            self._load_wrapped(incoming["param_groups"])
             loaded.update(incoming)
 
         hooks = [
@@ -442,6 +473,19 @@ class HyperOptimizer(Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _load_wrapped(self, saved: list[dict[str, Any]]) -> None:
+        """Loads all wrapped optimizers, or none: they have checks of their own."""
+        before: list[tuple[Optimizer, dict[str, Any]]] = []
+        try:
+            for group, incoming in zip(self.param_groups, saved, strict=True):
+                if "optimizer" in group:
+                    before.append((group["optimizer"], group["optimizer"].state_dict()))
+                    group["optimizer"].load_state_dict(deepcopy(incoming["optimizer"]))  # it would share the tensors
+        except Exception:
+            for optimizer, state_dict in before:
+                optimizer.load_state_dict(state_dict)
+            raise
 
     def _restore(
         self,
@@ -458,8 +502,6 @@ class HyperOptimizer(Optimizer):
         saved = [dict(group) for group in groups]
         for group, mine, schedule in zip(groups, own, schedules, strict=True):
             mine["tower"].copy_(group["tower"])
-            if "optimizer" in mine:
-                mine["optimizer"].load_state_dict(group["optimizer"])
             group.update(mine)
             if schedule is not None and "initial_lr" not in group:  # this optimizer has a scheduler, the other had none
                 group.update(lr=schedule[0], initial_lr=schedule[1])
@@ -468,13 +510,14 @@ class HyperOptimizer(Optimizer):
             for name, value in attached.edited(values).items():
                 if name != "lr" or "initial_lr" not in values or attached.initial is None:
                     attached.hyperparameters[0][name].copy_(value)
-        keys = [key for group in loaded["param_groups"] for key in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for key, p in zip(keys, params, strict=True):
-            for name, value in loaded["state"].get(key, {}).items():
-                like = value if name in ("step", "tick") else p
-                state = torch.empty_like(like, dtype=state_dtype(p, name), device=p.device, requires_grad=False)
-                self.state[p][name] = state.copy_(value)
+        for group, incoming in zip(self._groups, loaded["param_groups"], strict=True):
+            for key, p in zip(incoming["params"], group.params, strict=True):
+                saved_state = loaded["state"].get(key, {})
+                for name in group.state_names() if "step" in saved_state else ():
+                    value = saved_state[name]
+                    like = value if name in ("step", "tick") else p
+                    state = torch.empty_like(like, dtype=state_dtype(p, name), device=p.device, requires_grad=False)
+                    self.state[p][name] = state.copy_(value)
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         saved_groups = state_dict.get("param_groups", [])
@@ -506,25 +549,32 @@ class HyperOptimizer(Optimizer):
                 raise ValueError(f"state_dict: param group {i} has {found}, but this optimizer needs {tuple(expected)}")
             self._groups[i].edited(saved)
             check_policy(saved["nonfinite"])
+            initial = saved.get("initial_lr", 1.0)
+            if not is_number(initial) and not (isinstance(initial, Tensor) and initial.numel() == 1):
+                raise ValueError(f"state_dict: initial_lr of param group {i} must be a number, not {initial!r}")
             if "optimizer" in group:
                 inner = saved.get("optimizer")
-                if not isinstance(inner, Mapping) or [len(g["params"]) for g in inner.get("param_groups", [])] != [
-                    len(group["params"])
-                ]:
+                sizes = [len(group["params"])]
+                if (
+                    not isinstance(inner, Mapping)
+                    or "state" not in inner
+                    or [len(g["params"]) for g in inner.get("param_groups", [])] != sizes
+                ):
                     raise ValueError(f"state_dict: param group {i} has no state dict of its {group['stack'][0]}")
-            names = ["step", "tick", *self._groups[i].states, *self._groups[i].records]
+            names = self._groups[i].state_names()
             for j, (key, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
-                state = state_dict["state"].get(key)
-                if state is None:
-                    continue
-                if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+                state = state_dict["state"].get(key, {})
+                if not isinstance(state, Mapping):
                     raise ValueError(f"state_dict: the state of parameter {j} of group {i} must be a dict of tensors")
-                if sorted(state) != sorted(names):
-                    raise ValueError(
-                        f"state_dict: the state of parameter {j} of group {i} holds {', '.join(state)}, "
-                        f"not {', '.join(names)}"
-                    )
-                for name, value in state.items():
+                if not any(name in state for name in names):  # there may be entries of others
+                    continue
+                for name in names:
+                    value = state.get(name)
+                    if not isinstance(value, Tensor):
+                        raise ValueError(
+                            f"state_dict: the state of parameter {j} of group {i} must have a tensor {name!r}, as "
+                            f"{', '.join(names)}; it holds {', '.join(state)}"
+                        )
                     shape = () if name in ("step", "tick") else p.shape
                     if value.shape != shape:
                         raise ValueError(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from weakref import ref
 
 import torch
 from torch import Tensor
 
 from hyperopt_ext.optimizer import HyperOptimizer
+from hyperopt_ext.stack import Stack
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,11 +24,12 @@ class _Track:
     """The columns of a group's tower that are recorded, in chunks on the tower's device."""
 
     def __init__(self, opt: HyperOptimizer, group: int) -> None:
+        self.stack: Stack = opt.param_groups[group]["stack"]
         self.tower: Tensor = opt.param_groups[group]["tower"]
         self.fields: list[tuple[str, int, str, bool]] = []  # kind, level, name, one for each tensor
         columns = []
         for kind, levels in (("learned", opt.hyperparameters(group)), ("used", opt.in_use(group)[:1])):
-            for k, (level, values) in enumerate(zip(opt.param_groups[group]["stack"], levels, strict=False)):
+            for k, (level, values) in enumerate(zip(self.stack, levels, strict=False)):
                 for name, view in values.items():
                     self.fields.append((kind, k, name, level.granularity == "tensor"))
                     columns.append(view.storage_offset())
@@ -53,6 +56,11 @@ class _Track:
         return [level for level in levels if level]
 
 
+def _not_compiling() -> None:
+    if torch.compiler.is_compiling():
+        raise RuntimeError("Recorder: a compiled step cannot be recorded; use hook=False, call record() after it")
+
+
 class Recorder:
     """Keeps the hyperparameters of a :class:`HyperOptimizer` after each step.
 
@@ -62,7 +70,8 @@ class Recorder:
     for those of the first level; of a level for each tensor, times the tensors).
 
     Args:
-        opt: the optimizer, with all of its param groups.
+        opt: the optimizer, with all of its param groups. They keep the numbers that they have now, should some be
+            taken out.
         every: records the first step and every so many after it, > 0. Default: 1.
         hook: is called by each ``opt.step()``; False: :meth:`record` is yours to call. Default: True.
 
@@ -83,12 +92,18 @@ class Recorder:
         self._tracks = [_Track(opt, i) for i in range(len(opt.param_groups))]
         self._calls = 0
         self._written = 0
-        self._handle = opt.register_step_post_hook(lambda *_: self.record()) if hook else None
+        me = ref(self)  # which holds the optimizer: with the hook a cycle, that only the garbage collector would break
+
+        def record(*_: object) -> None:
+            _not_compiling()
+            if (recorder := me()) is not None:
+                recorder.record()
+
+        self._handle = opt.register_step_post_hook(record) if hook else None
 
     def record(self) -> None:
         """Records the present values; what the optimizer calls after each step."""
-        if torch.compiler.is_compiling():
-            raise RuntimeError("Recorder: a compiled step cannot be recorded; use hook=False, call record() after it")
+        _not_compiling()
         self._calls += 1
         if (self._calls - 1) % self.every == 0:
             for track in self._tracks:
@@ -130,6 +145,13 @@ class Recorder:
         """The values of the first level that each step was made with, as :meth:`HyperOptimizer.in_use`."""
         return self._track(group).read("used")[0]
 
+    def number_of(self, tower: Tensor) -> int:
+        """The number of the param group of this ``tower``, by which it is known here."""
+        for i, track in enumerate(self._tracks):
+            if track.tower is tower:
+                return i
+        raise ValueError("a param group was not recorded: it was added after the Recorder was made")
+
     def curves(self) -> dict[str, Tensor]:
         """All that was learned, or changed otherwise, by name: float64 [records] or [records, parameters].
 
@@ -139,7 +161,7 @@ class Recorder:
         result = {}
         for i in range(len(self._tracks)):
             prefix = f"group {i}/" if len(self._tracks) > 1 else ""
-            stack = self.opt.param_groups[i]["stack"]
+            stack = self._tracks[i].stack
             levels, used = self.hyperparameters(i), self.in_use(i)
             for k, (level, values) in enumerate(zip(stack, levels, strict=True)):
                 place = prefix + (f"{k}/{level}/" if k > 0 else "")

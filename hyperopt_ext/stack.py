@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, MISSING, Field, dataclass, field, fields, replace
 from difflib import get_close_matches
 from itertools import pairwise
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, ClassVar, TypeGuard
 
 import torch
@@ -166,6 +166,9 @@ class Level:
         for argument, names in [("learn", self.learn or ()), ("space", self.space), ("bounds", self.bounds)]:
             _known(me, argument, list(names), known)
         _known(me, "initial_state", list(self.initial_state), RULES[self.rule]["state"] or ["no state"])
+        for name, value in self.initial_state.items():
+            if not is_number(value) or not math.isfinite(value):
+                raise ValueError(f"{me}: initial_state[{name!r}] must be a finite number, not {value!r}")
         for h, value in zip(hypers, self.values().values(), strict=True):
             self._check_value(me, h, value)
         self._check_safeguards(me)
@@ -177,14 +180,13 @@ class Level:
                 raise ValueError(f"{me}: {name} must be None or a number greater than {low:g}, not {value!r}")
         if isinstance(self.horizon, list):
             object.__setattr__(self, "horizon", tuple(self.horizon))
-        horizon = self.horizon if isinstance(self.horizon, tuple) else (self.horizon,)
-        steps, part = (horizon or (None,))[0], horizon[1:]
-        if not horizon or len(part) > 1 or not all(is_number(p) and 0 <= p < math.inf for p in part):
+        horizon = self.horizon if isinstance(self.horizon, tuple) else (self.horizon, 0.0)
+        if len(horizon) != 2 or not is_number(horizon[1]) or not 0 <= horizon[1] < math.inf:
             raise ValueError(
                 f"{me}: horizon must be a number of steps, or (steps, part >= 0) as (100, 0.25), not {self.horizon!r}"
             )
-        for name, value, least in [("horizon", steps, 1), ("burn_in", self.burn_in, 0)]:
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        for name, value, least in [("horizon", horizon[0], 1), ("burn_in", self.burn_in, 0)]:
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
                 raise ValueError(f"{me}: {name} must be a whole number of steps, at least {least}, not {value!r}")
         if self.granularity not in _GRANULARITIES:
             known = ", ".join(map(repr, _GRANULARITIES))
@@ -206,7 +208,7 @@ class Level:
         if not (low <= value < high and math.isfinite(value)):
             raise ValueError(f"{me}: {name} must be in [{low:g}, {high:g}), not {value!r}")
         space = self.space.get(name, h["space"])
-        if space not in _RANGES:
+        if not isinstance(space, str) or space not in _RANGES:
             raise ValueError(f"{me}: space[{name!r}] is {space!r}, but the coordinates are {', '.join(_RANGES)}")
         if name in self.learn_names and not _RANGES[space][0] <= value <= _RANGES[space][1]:
             raise ValueError(
@@ -243,8 +245,8 @@ class Level:
         result, learned = [], self.learn_names
         for h, space in zip(RULES[self.rule]["hypers"], self.coordinates(), strict=True):
             low, high = self.bounds.get(h["name"], (h["low"], h["high"]))
-            if high == h["high"] < math.inf:
-                high *= 1 - _OPEN_END
+            if high >= h["high"]:
+                high = h["high"] * (1 - _OPEN_END)
             least, most = _RANGES[space] if h["name"] in learned else _RANGES["linear"]
             result.append((float(max(low, least)), float(min(high, most))))
         return result
@@ -296,10 +298,14 @@ class Level:
         """The same level with other arguments."""
         return replace(self, **changes)
 
-    def structure(self) -> str:
-        """What two levels must have in common for one to go on from the other's state: all but the numbers."""
+    def structure(self, learns: bool = True) -> str:
+        """What two levels must have in common for one to go on from the other's state: all but the numbers.
+
+        Args:
+            learns: whether there is a level above, for what is learned to count.
+        """
         spaces = dict(zip(self.values(), self.coordinates(), strict=True))
-        parts = [f"{name}: {spaces[name]}" for name in self.learn_names]
+        parts = [f"{name}: {spaces[name]}" for name in self.learn_names if learns]
         parts += ["traced"] * self.is_traced()
         parts += ["per tensor"] * (self.granularity == "tensor")
         return f"{self.rule}({', '.join(parts)})"
@@ -409,7 +415,7 @@ class Stack:
 
     def structure(self) -> str:
         """What two stacks must have in common for one to go on from the other's state."""
-        return " / ".join(level.structure() for level in self.levels)
+        return " / ".join(level.structure(learns=k + 1 < len(self.levels)) for k, level in enumerate(self.levels))
 
     def plan(self) -> list[int]:
         """The stack as the tower operator reads it (csrc/tower.h)."""

@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import MISSING, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -126,8 +127,8 @@ class Wrap(Level):
         own = {f.name: getattr(self, f.name) for f in fields(Level)}
         return Wrap(self.optimizer, **{**own, **self.own, **changes})
 
-    def structure(self) -> str:
-        return f"Wrap[{self}]{super().structure().removeprefix(self.rule)}"
+    def structure(self, learns: bool = True) -> str:
+        return f"Wrap[{self}]{super().structure(learns).removeprefix(self.rule)}"
 
     def make(self, group: dict[str, Any]) -> Optimizer:
         """The optimizer of a param group."""
@@ -155,10 +156,15 @@ class Wrap(Level):
 
     def takes_tensors(self) -> bool:
         """Whether its lr may be a tensor, as far as its signature tells."""
+        if self.own.get("foreach") and not self.own.get("capturable"):  # torch.optim's Adams want a number then
+            return False
         return "Tensor" in str(self._parameters(self.optimizer)["lr"].annotation)
 
     def __str__(self) -> str:
-        return str(getattr(self.optimizer, "__name__", self.optimizer))
+        make: Any = self.optimizer
+        while isinstance(make, partial):
+            make = make.func
+        return str(getattr(make, "__name__", type(make).__name__))
 
     def __repr__(self) -> str:
         own = {"lr": self.lr, **self.own}
@@ -193,6 +199,7 @@ class _WrappedStep:
         learn: int,
         horizon: float,
         horizon_growth: float,
+        scale: float,
         *_: Any,
     ) -> None:
         if torch.compiler.is_compiling():
@@ -204,6 +211,10 @@ class _WrappedStep:
             if not ok:
                 return
         inner = self.optimizer.param_groups[0]
+        if "maximize" in inner:
+            inner["maximize"] = scale < 0
+        elif scale < 0:
+            raise ValueError("Wrap: the optimizer has no maximize; change the sign of the loss")
         for name in self.follows:
             inner[name] = values[self.values.index(name)]
 

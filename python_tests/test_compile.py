@@ -175,10 +175,13 @@ def test_a_recorder_in_a_compiled_step_with_graph_breaks():
 
 def test_a_compiled_step_cannot_raise_for_a_value():
     problem = Regression(1)
-    opt = hx.HyperOptimizer(problem.model.parameters(), hx.Adam() / hx.SGD(), nonfinite="raise")
+    opt = hx.HyperOptimizer(problem.model.parameters(), hx.Adam() / hx.SGD())
     problem.loss(0).backward()
+    step = torch.compile(opt.step, fullgraph=True, backend="eager")
+    step()
+    opt.param_groups[0]["nonfinite"] = "raise"
     with pytest.raises(Exception, match="nonfinite='raise' has to read values"):
-        torch.compile(opt.step, fullgraph=True, backend="eager")()
+        step()
 
 
 def test_what_a_compiled_step_did_is_recorded_beside_it():
@@ -418,3 +421,51 @@ def test_a_training_step_in_a_cuda_graph():
             step(eager.x[i], eager.y[i])
     assert_one_graph()
     assert_compiled_equals_eager(eager, compiled, optimizers)
+
+
+def swap(opt, p):
+    opt.param_groups[0]["params"][1] = p
+
+
+def swap_by_a_list(opt, p):
+    opt.param_groups[0]["params"] = [opt.param_groups[0]["params"][0], p]
+
+
+def reorder_the_state(opt, p):
+    first = next(iter(opt.state))
+    opt.state[first] = opt.state.pop(first)
+
+
+def replace_the_group(opt, p):
+    opt.param_groups[0] = {**opt.param_groups[0], "lr": torch.tensor(0.1)}
+
+
+CHANGES = {
+    "a group taken out": lambda opt, p: opt.param_groups.pop(),
+    "a group put in": lambda opt, p: opt.add_param_group({"params": [p], "lr": 0.1}),
+    "another tensor": swap,
+    "another list": swap_by_a_list,
+    "another order": lambda opt, p: opt.param_groups[0]["params"].reverse(),
+    "another order of the state": reorder_the_state,
+    "another dict": replace_the_group,
+}
+
+
+@pytest.mark.parametrize("granularity", ["group", "tensor"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_compiled_step_heeds_what_was_changed(change, granularity):
+    stack = hx.Adam(lr=0.01, granularity=granularity) / hx.SGD(lr=1e-3)
+    results = []
+    for compiled in (False, True):
+        params = [torch.nn.Parameter(torch.linspace(-1, 1, 4, dtype=torch.float64) + i) for i in range(4)]
+        opt = hx.HyperOptimizer([{"params": params[:2]}, {"params": params[2:3]}], stack)
+        step = torch.compile(opt.step, backend="eager") if compiled else opt.step
+        for i in range(6):
+            if i == 3:
+                change(opt, params[3])
+            for k, p in enumerate(params):
+                p.grad = (k + 1) * p.detach() + i
+            step()
+        results.append([*params, *(opt.hyperparameters()[0].values())])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)

@@ -131,7 +131,10 @@ def param(*shape, **kw):
         (lambda: hx.Adam(bounds={"lr": (None, 1)}), ValueError, "two numbers, low <= high"),
         (lambda: hx.Adam(learn=5), TypeError, "learn must be a name or several"),
         (lambda: hx.HyperOptimizer(hx.Adam(), [param()]), TypeError, "it comes after params"),
-        (lambda: hx.HyperOptimizer([{"params": [param()], "momentum": 0.5}], hx.Adam()), ValueError, "has no momentum"),
+        (lambda: hx.Adam(horizon=(100,)), ValueError, "horizon must be a number of steps, or .steps, part"),
+        (lambda: hx.Adam(space={"lr": ["log"]}), ValueError, "but the coordinates are linear, log"),
+        (lambda: hx.Adam(initial_state={"exp_avg": "0"}), ValueError, "must be a finite number, not '0'"),
+        (lambda: hx.Adam(initial_state={"exp_avg": float("nan")}), ValueError, "must be a finite number, not nan"),
         (lambda: hx.functional.sgd(param(), param(), None, {}, torch.tensor(1)), TypeError, "params must be a list"),
         (lambda: hx.functional.sgd([param()], [None], None, {}, torch.tensor(1)), TypeError, "grads must be a list"),
         (lambda: hx.Adam / hx.SGD(), TypeError, "parentheses"),
@@ -311,7 +314,10 @@ BAD_STATE_DICTS = {
     "no number": (another_dict(lambda d: d["param_groups"][0].update(lr="0.1")), "lr must be a number"),
     "many numbers": (another_dict(lambda d: d["param_groups"][0].update(lr=torch.ones(3))), "lr must be a number"),
     "one beta": (another_dict(lambda d: d["param_groups"][0].update(betas=0.9)), "betas must be two numbers"),
-    "no tensor": (another_dict(lambda d: d["state"][0].update(exp_avg=None)), "parameter 0 of group 0 must be a dict"),
+    "no tensor": (
+        another_dict(lambda d: d["state"][0].update(exp_avg=None)),
+        "parameter 0 of group 0 must have a tensor 'exp_avg'",
+    ),
     "no tower": (
         another_dict(lambda d: d["param_groups"][0].pop("tower")),
         "param group 0 has no tower, but this optimizer",

@@ -582,3 +582,92 @@ def test_printing():
     assert "Parameter Group 0" in text
     assert "Adam/SGD/SGD" in text
     assert "tower" not in text
+
+
+def test_state_that_was_looked_at_and_entries_of_others_are_no_state_of_ours():
+    """A read of ``opt.state[p]`` leaves an empty dict there, and wrappers (Lookahead) keep tensors of their own."""
+    problem, plain = Regression(4), Regression(4)
+    opt, expected = (hx.HyperOptimizer(p.model.parameters(), STACK) for p in (problem, plain))
+    first, second = list(problem.model.parameters())[:2]
+    assert opt.state[first] == {}
+    opt.load_state_dict(opt.state_dict())
+    opt.state[second]["slow"] = torch.ones(2)
+    problem.train(opt, range(2))
+    plain.train(expected, range(2))
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert torch.equal(opt.state[second]["slow"], torch.ones(2))
+    opt.state[first] = {}  # starts anew
+    problem.train(opt, range(2, 4))
+    assert opt.state[first]["step"] == 2
+    assert opt.state[second]["step"] == 4
+
+
+@pytest.mark.parametrize("alias", [lambda t: t.detach(), lambda t: t.data, lambda t: t.view(1), lambda t: t[None][0]])
+def test_another_view_of_a_live_value_may_be_assigned(alias):
+    problem, plain = Regression(4), Regression(4)
+    opt, expected = (hx.HyperOptimizer(p.model.parameters(), STACK) for p in (problem, plain))
+    for i in range(4):
+        opt.param_groups[0]["lr"] = alias(opt.param_groups[0]["lr"])
+        problem.train(opt, range(i, i + 1))
+        plain.train(expected, range(i, i + 1))
+    assert same(problem, plain)
+
+
+def test_an_assigned_tensor_is_a_constant():
+    opt = hx.HyperOptimizer(Regression(1).model.parameters(), STACK)
+    opt.param_groups[0]["lr"] = torch.tensor(0.1, requires_grad=True)
+    assert not opt.hyperparameters()[0]["lr"].requires_grad
+    copy.deepcopy(opt)
+
+
+@pytest.mark.parametrize("high", [1.0, 2.0, float("inf")])
+@pytest.mark.parametrize("name", ["beta1", "beta2"])
+def test_no_bound_lets_a_beta_reach_1(name, high):
+    p = torch.nn.Parameter(torch.randn(20))
+    opt = hx.HyperOptimizer([p], hx.Adam(learn=name, bounds={name: (0.5, high)}) / hx.SGD(lr=1e4))
+    for _ in range(50):
+        p.grad = 2 * p.detach()
+        opt.step()
+    opt.param_groups[0][name] = 5.0
+    opt.step()
+    assert opt.hyperparameters()[0][name] < 1
+    assert p.isfinite().all()
+
+
+def test_state_dict_hooks_see_the_whole_and_may_replace_it():
+    opt = hx.HyperOptimizer(Regression(1).model.parameters(), STACK)
+    seen = []
+    opt.register_state_dict_post_hook(lambda _, state_dict: seen.append(state_dict["param_groups"][0]["stack"]))
+    opt.register_state_dict_post_hook(lambda _, state_dict: {"replaced": state_dict})
+    assert list(opt.state_dict()) == ["replaced"]
+    assert seen == [opt.stack.structure()]
+
+
+def test_a_group_may_hold_entries_of_others():
+    """As of a wrapper that hands its own groups on (SAM, with a ``rho``); what looks like a mistake is a warning."""
+    p = torch.nn.Parameter(torch.ones(2))
+    with pytest.warns(UserWarning, match="Adam has no rho, which does nothing; its arguments are .*lr, betas"):
+        opt = hx.HyperOptimizer([{"params": [p], "rho": 0.05, "adaptive": False}], hx.Adam() / hx.SGD())
+    assert opt.param_groups[0]["rho"] == 0.05
+
+
+def test_a_group_keeps_its_stack():
+    problem = Regression(2)
+    opt = hx.HyperOptimizer(problem.model.parameters(), STACK)
+    opt.param_groups[0]["stack"] = hx.Stack.coerce(hx.Adam())
+    with pytest.raises(ValueError, match="its stack stays what it is"):
+        problem.train(opt, range(1))
+    problem.train(opt, range(2))
+    opt.load_state_dict(opt.state_dict())
+
+
+def test_what_the_last_level_would_learn_is_no_part_of_a_checkpoint():
+    opt, other = (
+        hx.HyperOptimizer(Regression(1).model.parameters(), hx.Adam() / top) for top in (hx.SGD(), hx.SGD(learn=()))
+    )
+    other.load_state_dict(opt.state_dict())
+
+
+def test_whole_numbers_of_numpy():
+    level = hx.Adam(horizon=np.int64(3), burn_in=np.int32(2))
+    assert level.horizons() == (3.0, 0.0)

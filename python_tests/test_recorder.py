@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 
 import matplotlib.image
 import pytest
@@ -300,3 +302,32 @@ def test_an_empty_record_is_no_schedule():
     opt = optimizer(hx.Adam())
     with pytest.raises(ValueError, match="nothing was recorded"):
         opt.export(hx.Recorder(opt))
+
+
+def test_groups_keep_their_numbers_when_one_is_taken_out():
+    p, q = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    opt = hx.HyperOptimizer([{"params": [p], "lr": 1.0}, {"params": [q], "lr": 2.0}], hx.Adam() / hx.SGD(lr=1e-3))
+    recorder = hx.Recorder(opt)
+    p.grad, q.grad = torch.ones(2), torch.ones(2)
+    opt.step()
+    opt.param_groups.pop(0)
+    opt.step()
+    assert recorder.hyperparameters(1)[0]["lr"][0] == 2.0
+    assert {name.partition("/")[0] for name in recorder.curves()} == {"group 0", "group 1"}
+    exported, _ = opt.export(recorder)
+    assert exported.param_groups[0]["initial_lr"] >= 2.0
+    opt.add_param_group({"params": [p]})
+    with pytest.raises(ValueError, match="it was added after the Recorder was made"):
+        opt.export(recorder)
+
+
+def test_optimizer_and_recorder_go_when_nobody_holds_them():
+    opt = optimizer(hx.Adam())
+    recorder = hx.Recorder(opt)
+    gone = weakref.ref(opt)
+    gc.disable()
+    try:
+        del opt, recorder
+        assert gone() is None
+    finally:
+        gc.enable()

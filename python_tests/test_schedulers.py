@@ -281,3 +281,40 @@ def test_momentum_that_is_not_there_is_an_error_of_torch():
     opt = hx.HyperOptimizer([torch.nn.Parameter(torch.ones(1))], hx.SGD(lr=0.1) / hx.SGD())
     with pytest.raises(ValueError, match="must support momentum"):
         schedulers.OneCycleLR(opt, 0.1, total_steps=10)
+
+
+@pytest.mark.parametrize("learn", [None, "momentum", ()])
+@every_scheduler
+def test_tensors_with_an_lr_each_have_one_factor(schedule, learn):
+    """Whether lr is learned or not: the entry of the group is one number, which scales those of all tensors."""
+    level = hx.SGD(lr=LR, momentum=0.8, granularity="tensor", learn=learn)
+    problem, plain = Regression(STEPS), Regression(STEPS)
+    opt = hx.HyperOptimizer(problem.model.parameters(), level / hx.SGD(lr=0.0))
+    other = torch.optim.SGD(plain.model.parameters(), lr=LR, momentum=0.8)
+    for _ in zip(train(problem, opt, schedule(opt)), train(plain, other, schedule(other)), strict=True):
+        assert opt.in_use()[0]["lr"].tolist() == pytest.approx([other.param_groups[0]["lr"]] * 4, rel=1e-6)
+
+
+def test_without_its_initial_lr_a_schedule_is_over():
+    """As one starts another schedule: lr is the learned one again, or what was assigned meanwhile."""
+    for assigned in (None, 0.3):
+        problem = Regression(8)
+        opt = hx.HyperOptimizer(problem.model.parameters(), hx.Adam(lr=LR) / hx.SGD(lr=1e-6))
+        scheduler = schedulers.ConstantLR(opt, 0.5, 100)
+        problem.train(opt, range(3))
+        learned = opt.hyperparameters()[0]["lr"].item()
+        opt.param_groups[0].pop("initial_lr")
+        if assigned is not None:
+            opt.param_groups[0]["lr"] = assigned
+        del scheduler
+        problem.train(opt, range(3, 4))
+        assert opt.in_use()[0]["lr"] == pytest.approx(assigned or learned, rel=1e-2)
+        assert opt.param_groups[0]["lr"] is opt.param_groups[0]["lr"]
+        assert opt.param_groups[0]["lr"].equal(opt.hyperparameters()[0]["lr"])
+        schedulers.ConstantLR(opt, 0.1, 100)
+        problem.train(opt, range(4, 5))
+        assert opt.in_use()[0]["lr"] == pytest.approx(0.1 * (assigned or learned), rel=2e-2)
+    state_dict = opt.state_dict()
+    state_dict["param_groups"][0]["initial_lr"] = None
+    with pytest.raises(ValueError, match="initial_lr of param group 0 must be a number, not None"):
+        opt.load_state_dict(state_dict)

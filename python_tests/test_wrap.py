@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from functools import partial
 
 import pytest
 import pytorch_optimizer
@@ -308,3 +309,65 @@ def test_printing():
     assert str(level / hx.SGD()) == "Muon/SGD"
     assert level == copy.deepcopy(level)
     assert "Muon/SGD" in repr(hx.HyperOptimizer([torch.nn.Parameter(torch.ones(2, 2))], level / hx.SGD()))
+
+
+def test_the_sign_of_the_objective_may_change():
+    p = torch.nn.Parameter(torch.ones(3))
+    opt = hx.HyperOptimizer([p], hx.Wrap(torch.optim.SGD, lr=0.1) / hx.SGD(lr=0.01))
+    for maximize, expected in ((True, 1.1), (False, 1.03)):
+        opt.param_groups[0]["maximize"] = maximize
+        p.grad = torch.ones(3)
+        opt.step()
+        torch.testing.assert_close(p.detach(), torch.full((3,), expected), atol=0.02, rtol=0)
+    p = torch.nn.Parameter(torch.ones(2, 2))
+    opt = hx.HyperOptimizer([p], hx.Wrap(torch.optim.Muon) / hx.SGD())
+    opt.param_groups[0]["maximize"] = True
+    p.grad = torch.ones(2, 2)
+    with pytest.raises(ValueError, match="has no maximize; change the sign"):
+        opt.step()
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD], ids=lambda make: make.__name__)
+def test_foreach(make):
+    problem, plain = Regression(3), Regression(3)
+    problem.train(
+        hx.HyperOptimizer(problem.model.parameters(), hx.Wrap(make, lr=0.01, foreach=True) / hx.SGD(0.0)), range(3)
+    )
+    plain.train(make(plain.model.parameters(), lr=0.01, foreach=True), range(3))
+    for p, q in zip(problem.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_names_do_not_tell_where_in_memory_it_is():
+    class Make:
+        def __call__(self, params, lr=0.1):
+            return torch.optim.SGD(params, lr=lr)
+
+    made = [partial(torch.optim.SGD, nesterov=False), partial(partial(Make(), lr=0.2)), Make()]
+    assert [str(hx.Wrap(make)) for make in made] == ["SGD", "Make", "Make"]
+
+
+def test_what_the_wrapped_optimizer_does_not_load_changes_nothing():
+    problem = Regression(6)
+    groups = [{"params": [p]} for p in problem.model.parameters()]
+    opt = hx.HyperOptimizer(groups, hx.Wrap(torch.optim.Adam, lr=0.01) / hx.SGD(lr=1e-4))
+    problem.train(opt, range(2))
+    early = copy.deepcopy(opt.state_dict())
+    problem.train(opt, range(2, 4))
+    before = copy.deepcopy(opt.state_dict())
+    early["param_groups"][1]["optimizer"]["param_groups"][0].pop("params")
+    with pytest.raises((KeyError, ValueError)):
+        opt.load_state_dict(early)
+
+    def load(_):
+        raise KeyError("no")
+
+    early = copy.deepcopy(before)
+    early["param_groups"][0]["optimizer"]["state"][0]["step"] += 5
+    opt.param_groups[1]["optimizer"].load_state_dict = load
+    with pytest.raises(KeyError, match="no"):
+        opt.load_state_dict(early)
+    after = opt.state_dict()
+    assert after["param_groups"][0]["optimizer"]["state"][0]["step"] == 4
+    assert torch.equal(after["param_groups"][0]["tower"], before["param_groups"][0]["tower"])
+    problem.train(opt, range(4, 6))

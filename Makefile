@@ -13,7 +13,7 @@ OUT ?= benchmarks/results
 BIN := $(VENV)/bin
 TORCH_STAMP := $(VENV)/.installed-$(shell echo '$(TORCH)' | tr -c 'A-Za-z0-9.\n' _)
 SOURCES := setup.py pyproject.toml hyperopt_ext/_build.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/* examples/*/*/*.h python_tests/*.cpp)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/* examples/*/*/*.h python_tests/*.cpp python_tests/*.h)
 
 .PHONY: demo test lint format benchmarks gpu gpu-build gpu-test gpu-benchmark gpu-sanitizers clean
 

@@ -1,4 +1,7 @@
-"""The CUDA kernels do what the CPU kernels do: on a GPU, and, on any machine, run on the host thread by thread."""
+"""The CUDA kernels do what the CPU kernels do: on a GPU, and, on any machine, run on the host thread by thread.
+
+Where there is nvcc, also as the PTX that it makes of them.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,9 @@ every_rule = pytest.mark.parametrize("case", CASES, ids=str)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 
-@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.fixture(
+    params=["emulated", pytest.param("ptx", marks=pytest.mark.nvcc), pytest.param("cuda", marks=pytest.mark.cuda)]
+)
 def device(request) -> str:
     """Where the kernels run that are compared with those of the CPU."""
     return request.param
@@ -30,8 +35,8 @@ def device(request) -> str:
 @contextlib.contextmanager
 def on(device: str, foreign: Collection[str] = ()) -> Iterator[None]:
     """Tensors and operators are those of the device; the tower treats the rules in `foreign` as if not built in."""
-    if device == "emulated":
-        with emulated(foreign):
+    if device != "cuda":
+        with emulated(foreign, kind=device):
             yield
     else:
         with torch.device(device), replaced_places(lambda name, place: -1 if name in foreign else place):
@@ -276,7 +281,7 @@ def test_the_operators_are_those_of_the_device(device):
         opt = train(hx.Adam() / hx.SGD(), [p])
     namespace = opt._groups[0].step.name().split("::")[0]
     assert (namespace, p.device.type) == (
-        ("hyperopt_ext_emulated", "cpu") if device == "emulated" else ("hyperopt_ext", "cuda")
+        ("hyperopt_ext", "cuda") if device == "cuda" else (f"hyperopt_ext_{device}", "cpu")
     )
 
 

@@ -100,13 +100,27 @@ struct HostTeam {
   }
 };
 
+#ifdef HX_RUN_PTX  // what nvcc made of the kernel, as a function of the host of the same name: the tests
+template <class K, class Arguments>
+void kernel(const Arguments arguments);
+
+template <class K, class Arguments>
+void run_block(const Arguments& arguments, std::int64_t block) {
+  using Translated = void (*)(const void* arguments, unsigned block, unsigned threads);
+  reinterpret_cast<Translated>(&kernel<K, Arguments>)(&arguments, unsigned(block), unsigned(K::kThreads));
+}
+#else
+template <class K, class Arguments>
+void run_block(const Arguments& arguments, std::int64_t block) {
+  typename K::Shared shared;
+  K::block(arguments, int(block), shared, HostTeam<K::kThreads>{});
+}
+#endif
+
 template <class K, class Arguments>
 void launch(const Arguments& arguments, std::int64_t blocks, void*) {
   static_assert(sizeof(Arguments) <= kArgumentBytes, "too large for the arguments of a kernel");
-  each_in_order(blocks, [&](std::int64_t block) {
-    typename K::Shared shared;
-    K::block(arguments, int(block), shared, HostTeam<K::kThreads>{});
-  });
+  each_in_order(blocks, [&](std::int64_t block) { run_block<K>(arguments, block); });
 }
 
 #endif

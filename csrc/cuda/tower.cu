@@ -22,7 +22,6 @@ constexpr int kBuiltInRules = __COUNTER__ - kCounter - 1;
 
 namespace hyperopt_ext {
 namespace cuda {
-namespace {
 
 using Indices = std::make_integer_sequence<int, kBuiltInRules>;
 
@@ -58,8 +57,6 @@ struct CapTowers {
     });
   }
 };
-
-}  // namespace
 
 void move_towers(const TowerLaunch& arguments, void* stream) {
   launch<MoveTowers<CallBuiltIn>>(arguments, arguments.towers, stream);

@@ -3,7 +3,6 @@
 
 namespace hyperopt_ext {
 namespace cuda {
-namespace {
 
 template <class A>
 struct SquaredNorm {
@@ -191,8 +190,6 @@ template <class A>
 constexpr VectorLaunches launches() {
   return {launch<SquaredNorm<A>, Launch>, launch<TraceProducts<A>, Launch>, launch<Decay<A>, Launch>};
 }
-
-}  // namespace
 
 const VectorLaunches vector_launches[2] = {launches<float>(), launches<double>()};
 

@@ -1,5 +1,5 @@
 // The CUDA kernels of the library as loops on the host (csrc/cuda/launch.h), behind operators of their own for CPU tensors:
-// torch.ops.hyperopt_ext_emulated has all that torch.ops.hyperopt_ext has.
+// torch.ops.hyperopt_ext_emulated, or hyperopt_ext_ptx, has all that torch.ops.hyperopt_ext has.
 #include "cuda/launch.h"
 #include "library.h"
 #include "ops.h"

@@ -16,7 +16,7 @@ from torch.optim.optimizer import Optimizer
 from hyperopt_ext import _C, distributed
 from hyperopt_ext.export import export
 from hyperopt_ext.stack import RULES, Level, Stack, is_number
-from hyperopt_ext.update import Group, Update, check_policy, has_state, move_towers, new_tower, state_dtype
+from hyperopt_ext.update import Group, Update, check_policy, is_state, move_towers, new_tower, state_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -42,9 +42,9 @@ def _create_state(key: str) -> None:
     for group in opt._groups:
         torch._dynamo.mark_static_address(group.tower)  # what a step writes to is in no CUDA graph else
         for p in group.params:
-            if p.requires_grad and not has_state(opt.state, p):
+            if p.requires_grad and not is_state(opt.state.get(p)):
                 opt.state[p].update(group.new_state(p))
-            if has_state(opt.state, p):
+            if is_state(opt.state.get(p)):
                 for name in group.state_names():
                     torch._dynamo.mark_static_address(opt.state[p][name])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -27,9 +27,9 @@ def state_dtype(p: Tensor, name: str) -> torch.dtype:
     return p.dtype if name == "last_param" or p.dtype == torch.float64 else torch.float32
 
 
-def has_state(state: Mapping[Tensor, dict[str, Any]], p: Tensor) -> bool:
-    """Whether there is this library's state: an entry may be empty, having been looked at, or hold a caller's own."""
-    return p in state and "step" in state[p]
+def is_state(known: Mapping[str, Any] | None) -> TypeGuard[dict[str, Tensor]]:
+    """Whether it is this library's: an entry may be empty, having been looked at, or hold a caller's own."""
+    return known is not None and "step" in known
 
 
 def new_tower(stack: Stack, params: list[Tensor], device: torch.device) -> Tensor:
@@ -248,8 +248,8 @@ class Update:
         self.reduction = reduction
         self.grad_scale = None if grad_scale is None else grad_scale.to(device, torch.float32, non_blocking=True)
         self.found_inf = None if found_inf is None else found_inf.to(device, non_blocking=True)
-        self.new = {p: group.new_state(p) for p in params if not has_state(state, p)}
-        states = [self.new[p] if p in self.new else state[p] for p in params]
+        self.new: dict[Tensor, dict[str, Tensor]] = {}
+        states = [self._state_of(p, state.get(p)) for p in params]
         if reduction is None:
             grads = [p.grad for p in params]
         else:
@@ -262,8 +262,14 @@ class Update:
         self.idle = None
         if group.row_of is None and len(params) != len(group.group["params"]):
             moving = set(params)
-            idle = [p for p in group.group["params"] if p not in moving and has_state(state, p)]
+            idle = [p for p in group.group["params"] if p not in moving and is_state(state.get(p))]
             self.idle = self._arguments(idle, idle, [state[p] for p in idle])
+
+    def _state_of(self, p: Tensor, known: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        if is_state(known):
+            return known
+        self.new[p] = self.group.new_state(p)
+        return self.new[p]
 
     def _arguments(self, params: list[Tensor], grads: list[Any], states: list[dict[str, Tensor]]) -> tuple[Any, ...]:
         """What the operators of a pass take (csrc/pass.h)."""

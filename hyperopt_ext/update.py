@@ -168,7 +168,7 @@ class Group:
                 self.group["lr"] = self.hyperparameters[0]["lr"]
             self.initial = None
             self.schedule.fill_(1.0)
-            self.entries, self.targets = dict(self.hyperparameters[0]), dict(self.columns)
+            self.entries["lr"], self.targets["lr"] = self.hyperparameters[0]["lr"], self.columns["lr"]
             return
         live = self.hyperparameters[0]["lr"]
         value = torch.as_tensor(initial, dtype=live.dtype, device=live.device)
@@ -186,7 +186,7 @@ class Group:
             live.copy_(value)
         self.initial = value.clone()
         self.group.update(initial_lr=self.initial, lr=self.initial.clone())
-        self.link()
+        self.entries["lr"] = self.targets["lr"] = self.group["lr"]
 
     def adopt_assignments(self) -> None:
         """``group["lr"] = 0.1`` is ``group["lr"].fill_(0.1)``: the entry is a view of the tower again."""

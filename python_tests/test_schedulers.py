@@ -318,3 +318,12 @@ def test_without_its_initial_lr_a_schedule_is_over():
     state_dict["param_groups"][0]["initial_lr"] = None
     with pytest.raises(ValueError, match="initial_lr of param group 0 must be a number, not None"):
         opt.load_state_dict(state_dict)
+
+
+def test_what_was_assigned_before_a_scheduler_came_counts():
+    problem = Regression(1)
+    opt = hx.HyperOptimizer(problem.model.parameters(), hx.SGD(lr=LR, momentum=0.9, learn="lr") / hx.SGD(lr=1e-6))
+    opt.param_groups[0]["momentum"] = 0.5
+    schedulers.ConstantLR(opt, 0.5, 100)
+    problem.train(opt, range(1))
+    assert opt.in_use()[0]["momentum"] == 0.5

@@ -19,6 +19,7 @@ namespace hyperopt_ext {
 //             moving    0 if the levels above level 0 do not move in this step
 //             schedule  what the lr of level 0 is multiplied by in the coming update; written from outside
 //             scheduled what it was multiplied by in the last one
+//             arrived   on a GPU, the blocks of a kernel that are through, an unsigned int; 0 between kernels
 //   level k   used      [hypers]             the values of the most recent update
 //             previous  [hypers]             those of the update before it
 //             live      [hypers]             what the user sees and may write to
@@ -29,8 +30,8 @@ namespace hyperopt_ext {
 //             tangents  [n, hypers]          d x_{k-1} / d h_k of the most recent update, or their traces
 //
 // with level 0, which moves the parameters, first (n = 0).
-constexpr int kHeader = 8;
-enum Header : int { kTicks, kMoves, kOk, kSkipped, kHeld, kMoving, kSchedule, kScheduled };
+constexpr int kHeader = 9;
+enum Header : int { kTicks, kMoves, kOk, kSkipped, kHeld, kMoving, kSchedule, kScheduled, kArrived };
 constexpr int kValues = 6;  // numbers of a level for each of its hyperparameters
 
 struct LevelRow {

@@ -182,6 +182,25 @@ def test_more_elements_than_fit_into_small_chunks(device):
         both(device, make, 1e-6, 1e-5)
 
 
+def test_more_chunks_than_one_block_adds_up(device):
+    def make():
+        params = [torch.nn.Parameter(torch.linspace(-1, 1, 1 + i % 3, dtype=torch.float64)) for i in range(2100)]
+        return train(hx.Adam(lr=0.01) / hx.SGD(lr=1e-6), params, steps=2)
+
+    both(device, make, 1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"trust": 0.01}, {"horizon": 3}], ids=str)
+def test_a_row_of_the_tower_without_a_gradient(device, options):
+    """Rows of their own for the tensors, of which each is left out once, and has several chunks or few elements."""
+
+    def make():
+        stack = hx.Adam(lr=0.01, granularity="tensor", **options) / hx.SGD(lr=1e-6)
+        return train(stack, shaped(torch.float64)[3:7], steps=6, silent={1: 0, 2: 3, 3: 1, 4: 2})
+
+    both(device, make, 1e-12)
+
+
 def test_dtypes_can_be_mixed_in_a_group(device):
     def make():
         params = [p for dtype in (torch.float32, torch.float64, torch.float32) for p in shaped(dtype)[:5]]

@@ -107,6 +107,7 @@ struct Update {
         tile.template store<kOfW | kOfS | parts_of(Keep)>(chunk.entry, i, n, whole);
       });
     });
+    count_steps<kThreads>(team, launch);
   }
 };
 
@@ -126,7 +127,6 @@ struct Norms {
     team.each([&](int thread) {
       if (thread != 0) return;
       const Chunk chunk(launch, block, int(R::hypers.size()));
-      launch.chunk_rows[launch.first_chunk + block] = chunk.entry.row();
       // The values in use, but an lr of 1: one so large that the update would overflow can be lowered, too.
       constexpr int hypers = int(R::hypers.size()), lr = index_of<R>("lr");
       for (int i = 0; i < hypers; ++i) shared.unit[i] = i == lr ? 1.0 : chunk.used[i];
@@ -206,6 +206,7 @@ struct TracedUpdate {
         });
       });
     });
+    count_steps<kThreads>(team, launch);
   }
 };
 
@@ -260,7 +261,6 @@ struct Hypergradient {
     team.each([&](int thread) {
       if (thread != 0) return;
       const Chunk chunk(launch, block, int(R::hypers.size()));
-      launch.chunk_rows[launch.first_chunk + block] = chunk.entry.row();
       if (Given || chunk.recorded) shared.now.set(chunk.used, double(chunk.step));
     });
     team.each([&](int thread) {
@@ -321,7 +321,6 @@ struct Vjp {
     team.each([&](int thread) {
       if (thread != 0) return;
       const Chunk chunk(launch, block, int(R::hypers.size()));
-      launch.chunk_rows[launch.first_chunk + block] = chunk.entry.row();
       shared.now.set(chunk.used, double(chunk.step));
     });
     team.each([&](int thread) {

@@ -5,7 +5,9 @@
 //   kThreads                                    threads of a block
 //   Shared                                      what they share
 //   block(arguments, block, shared, team)       what a block does, in phases: team.each(f) calls f(thread) for each of its
-//                                               threads, and all are through before it returns to any of them
+//                                               threads, and all are through before it returns to any of them;
+//                                               team.is_last(arrived, blocks) is true for the last one of so many blocks
+//                                               that ask, which sees all that the others wrote before
 //
 // so that nvcc makes a kernel of it, and any C++ compiler a loop over blocks and threads (the tests run that one).
 #pragma once
@@ -56,6 +58,17 @@ struct DeviceTeam {
     f(int(threadIdx.x));
     __syncthreads();
   }
+  // `arrived` is 0 before the first one and after the last.
+  __device__ __forceinline__ bool is_last(unsigned* arrived, unsigned blocks) const {
+    __shared__ bool last;
+    if (threadIdx.x == 0) {
+      __threadfence();
+      last = atomicInc(arrived, blocks - 1) == blocks - 1;
+      __threadfence();
+    }
+    __syncthreads();
+    return last;
+  }
 };
 
 // At least one block at a time: without that word, ptxas spills a register here and there to fit more of them.
@@ -98,6 +111,10 @@ struct HostTeam {
   void each(F&& f) const {
     each_in_order(Threads, [&](std::int64_t thread) { f(int(thread)); });
   }
+  bool is_last(unsigned* arrived, unsigned blocks) const {
+    *arrived = *arrived + 1 == blocks ? 0 : *arrived + 1;
+    return *arrived == 0;
+  }
 };
 
 #ifdef HX_RUN_PTX  // what nvcc made of the kernel, as a function of the host of the same name: the tests
@@ -129,7 +146,8 @@ void launch(const Arguments& arguments, std::int64_t blocks, void*) {
 enum Word : int {
   kCount,   // elements
   kPlace,   // its first chunk in this launch, and, 32 bits up, its row of the tower
-  kFormat,  // ScalarType of the parameter, and kAligned
+  kFormat,  // ScalarType of the parameter, and kAligned; 32 bits up, in how many chunks of the pass the row has a part
+  kSpan,    // the first of these, and, 32 bits up, the one after the last
   kStep,    // int64*: updates made
   kTick,    // int64*: the tower's tick at which the last one was made
   kPointers
@@ -142,23 +160,39 @@ struct Pointer {
   static constexpr int kParam = 0, kGrad = 1, kLastGrad = 2, kLastParam = 3, kStates = 4;
 };
 
+// What a pass adds up: first over each chunk, then over those of each row.
+struct Sums {
+  double* partial;     // [columns, chunks]: sums over each chunk
+  std::int32_t* rows;  // [chunks]: the row of the tower of each
+  std::int64_t chunks;
+  double* result;  // [rows of the tower, width]
+  std::int32_t width;
+  std::int32_t columns;
+  std::int32_t hypers;  // of a hypergradient: width is 2 hypers + 1; else -1, and the columns are those of `partial`
+  Mask set, learn;      // of the hyperparameters in the columns, and of those asked for
+};
+
 // The arguments of a kernel of the passes: a list of tensors, which are cut into chunks, a block each.
 struct Launch {
   static constexpr int kWords = 487;
-  const double* tower;  // [rows, width], see tower.h
+  double* tower;  // [rows, width], see tower.h
   std::int64_t width;
   double horizon, horizon_growth, scale;
-  const float* grad_scale;   // what gradients are divided by after they were multiplied by scale; null: 1
-  double* partial;           // [columns, chunks]: sums over each chunk
-  std::int32_t* chunk_rows;  // [chunks]: the row of the tower of each
-  std::int64_t chunks;       // of the whole pass
-  std::int32_t first_chunk;  // of this launch among them
+  const float* grad_scale;  // what gradients are divided by after they were multiplied by scale; null: 1
+  Sums sums;
+  std::int32_t first_chunk;  // of this launch among those of the pass
   std::int32_t tensors;
+  std::int32_t blocks;
   std::int32_t stride;  // words of a tensor
   std::int32_t extra;   // of these the last ones: pointers beyond the states
+  std::int32_t chunk;   // elements of a chunk
   Mask learn;
-  std::int32_t chunk;  // elements of a chunk
+  bool counts;   // an update counts the steps
+  bool adds_up;  // the last block of a row adds its chunks up
   std::uint64_t words[kWords];
+
+  HX_FN double* header(std::int64_t row) const { return tower + row * width; }
+  HX_FN unsigned* arrived(std::int64_t row) const { return reinterpret_cast<unsigned*>(header(row) + kArrived); }
 };
 
 using LaunchFunction = void (*)(const Launch&, std::int64_t blocks, void* stream);
@@ -171,6 +205,9 @@ struct Entry {
   HX_FN std::int64_t count() const { return std::int64_t(words[kCount]); }
   HX_FN int first_chunk() const { return int(words[kPlace] & 0xffffffffu); }
   HX_FN int row() const { return int(words[kPlace] >> 32); }
+  HX_FN unsigned row_chunks() const { return unsigned(words[kFormat] >> 32); }
+  HX_FN int row_begin() const { return int(words[kSpan] & 0xffffffffu); }
+  HX_FN int row_end() const { return int(words[kSpan] >> 32); }
   HX_FN ScalarType type() const { return ScalarType(words[kFormat] & (kAligned - 1)); }
   HX_FN bool aligned() const { return (words[kFormat] & kAligned) != 0; }
   HX_FN std::int64_t& step() const { return *reinterpret_cast<std::int64_t*>(words[kStep]); }
@@ -209,7 +246,7 @@ struct Chunk {
   HX_FN Chunk(const Launch& launch, int block, int hypers) : entry(launch, tensor_of(launch, block)) {
     begin = std::int64_t(block - entry.first_chunk()) * launch.chunk;
     count = entry.count() - begin < launch.chunk ? entry.count() - begin : launch.chunk;
-    header = launch.tower + entry.row() * launch.width;
+    header = launch.header(entry.row());
     used = header + kHeader;
     previous = used + hypers;
     step = entry.step();
@@ -316,11 +353,11 @@ HX_FN void write(ScalarType type, const A (&from)[kVector], void* start, std::in
     write<c10::BFloat16>(from, start, i, n, whole);
 }
 
-// Adds values [Columns][Threads] up over the threads, in a fixed order, into those columns of `partial` that place(column)
-// names.
-template <int Threads, int Columns, class Team, class F>
-HX_FN void finish_sums(const Team& team, double* values, const Launch& launch, int block, F&& place) {
-  constexpr int kParts = 16;  // sums of every 16th value: neighbouring threads read from different banks
+// Adds values [Columns][Threads] up over the threads, in a fixed order; folded() has the sum of a column then.
+constexpr int kParts = 16;  // sums of every 16th value: neighbouring threads read from different banks
+
+template <int Threads, int Columns, class Team>
+HX_FN void fold(const Team& team, double* values) {
   static_assert(Columns <= Threads);
   team.each([&](int thread) {
     HX_UNROLL_BY(1)  // the registers of a kernel are those of its hungriest phase, and this one has the least to do
@@ -332,30 +369,113 @@ HX_FN void finish_sums(const Team& team, double* values, const Launch& launch, i
       part[0] = sum;
     }
   });
+}
+
+template <int Threads>
+HX_FN double folded(const double* values, int column) {
+  double sum = 0.0;
+  HX_UNROLL_BY(4)
+  for (int part = 0; part < kParts; ++part) sum += values[column * Threads + part];
+  return sum;
+}
+
+// The values [Columns][Threads] of a block to those columns of `partial` that place(column) names.
+template <int Threads, int Columns, class Team, class F>
+HX_FN void sum_chunk(const Team& team, double* values, const Launch& launch, int block, F&& place) {
+  fold<Threads, Columns>(team, values);
   team.each([&](int thread) {
-    if (thread >= Columns) return;
-    double sum = 0.0;
-    HX_UNROLL_BY(4)
-    for (int part = 0; part < kParts; ++part) sum += values[thread * Threads + part];
-    launch.partial[place(thread) * launch.chunks + launch.first_chunk + block] = sum;
+    const int chunk = launch.first_chunk + block;
+    if (thread == 0) launch.sums.rows[chunk] = Entry(launch, tensor_of(launch, block)).row();
+    if (thread < Columns)
+      launch.sums.partial[place(thread) * launch.sums.chunks + chunk] = folded<Threads>(values, thread);
   });
 }
 
-template <int Threads, int Columns, class Team>
-HX_FN void finish_sums(const Team& team, double* values, const Launch& launch, int block) {
-  finish_sums<Threads, Columns>(team, values, launch, block, [](int column) { return column; });
+// The column of `partial` that a number of the result is the sum of; -1: it is 0.
+HX_FN int source_of(const Sums& sums, int column) {
+  if (sums.hypers < 0) return column;
+  const int learned = count(sums.set), hyper = column % sums.hypers;
+  if (column == 2 * sums.hypers) return 2 * learned;
+  if ((sums.learn & bit(hyper)) == 0) return -1;
+  return position(sums.set, hyper) + (column < sums.hypers ? 0 : learned);
 }
 
-// A pass's sums over its chunks, a block for each number of the result [rows, width].
-struct SumLaunch {
-  const double* partial;
-  const std::int32_t* chunk_rows;
-  std::int64_t chunks;
-  double* result;
-  std::int32_t width;
-  std::int32_t hypers;  // of a hypergradient: width is 2 hypers + 1; else -1, and each column is its own
-  Mask set, learn;      // of the hyperparameters in the columns, and of those asked for
-};
+// Adds the chunks of a row up, which are among those from `begin` to `end`: so many columns of them, from `first`. `values`
+// has room for a number of each thread.
+template <int Threads, class Team>
+HX_FN void add_chunks(const Team& team, double* values, const Sums& sums, int row, int begin, int end, int first,
+                      int columns) {
+  const int lanes = Threads / columns, parts = lanes < kParts ? lanes : kParts;
+  team.each([&](int thread) {
+    if (thread >= columns * lanes) return;
+    const double* const partial = sums.partial + (first + thread / lanes) * sums.chunks;
+    double sum = 0.0;
+    HX_UNROLL_BY(8)  // both are read, whatever the row is, so that many reads are under way at once
+    for (int chunk = begin + thread % lanes; chunk < end; chunk += lanes) {
+      const double part = partial[chunk];
+      sum += sums.rows[chunk] == row ? part : 0.0;
+    }
+    values[thread] = sum;
+  });
+  team.each([&](int thread) {
+    for (int q = thread; q < columns * parts; q += Threads) {
+      double* const part = values + q / parts * lanes + q % parts;
+      double sum = 0.0;
+      HX_UNROLL_BY(4)
+      for (int j = 0; j < lanes - q % parts; j += parts) sum += part[j];
+      part[0] = sum;
+    }
+  });
+  team.each([&](int thread) {
+    for (int column = thread; column < sums.width; column += Threads) {
+      const int source = source_of(sums, column), place = source - first;
+      double& result = sums.result[std::int64_t(row) * sums.width + column];
+      if (source < 0 && first == 0) result = 0.0;
+      if (place < 0 || place >= columns) continue;
+      double sum = 0.0;
+      for (int part = 0; part < parts; ++part) sum += values[place * lanes + part];
+      result = sum;
+    }
+  });
+}
+
+// After sum_chunk(): the last block of a row adds its chunks up.
+template <int Threads, class Team>
+HX_FN void sum_row(const Team& team, double* values, const Launch& launch, int block) {
+  const Entry entry(launch, tensor_of(launch, block));
+  if (!launch.adds_up || !team.is_last(launch.arrived(entry.row()), entry.row_chunks())) return;
+  add_chunks<Threads>(team, values, launch.sums, entry.row(), entry.row_begin(), entry.row_end(), 0,
+                      launch.sums.columns);
+}
+
+// At the end of a kernel with `Columns` sums of each chunk.
+template <int Threads, int Columns, class Team>
+HX_FN void finish_sums(const Team& team, double* values, const Launch& launch, int block) {
+  sum_chunk<Threads, Columns>(team, values, launch, block, [](int column) { return column; });
+  sum_row<Threads>(team, values, launch, block);
+}
+
+// f(entry, header of its row) for every tensor of a launch, by one block.
+template <class F>
+HX_FN void each_tensor(const Launch& launch, int thread, int threads, F&& f) {
+  for (int tensor = thread; tensor < launch.tensors; tensor += threads) {
+    const Entry entry(launch, tensor);
+    f(entry, launch.header(entry.row()));
+  }
+}
+
+// At the end of an update: its last block counts the step of every tensor. No block before it reads these any more.
+template <int Threads, class Team>
+HX_FN void count_steps(const Team& team, const Launch& launch) {
+  if (!launch.counts || !team.is_last(launch.arrived(0), unsigned(launch.blocks))) return;
+  team.each([&](int thread) {
+    each_tensor(launch, thread, Threads, [](const Entry& entry, const double* header) {
+      if (header[kOk] == 0.0) return;
+      entry.step() += 1;
+      entry.tick() = std::int64_t(header[kTicks]);
+    });
+  });
+}
 
 // The arguments of a kernel of the towers, a block each.
 struct TowerLaunch {
@@ -389,10 +509,11 @@ struct VectorLaunches {
 };
 extern const VectorLaunches vector_launches[2];
 
-// After a pass: counts the step of every tensor, or takes the last one off the record.
-void count_steps(const Launch& launch, void* stream);
+// Takes the last step of every tensor off the record.
 void forget_steps(const Launch& launch, void* stream);
-void sum_chunks(const SumLaunch& launch, std::int64_t rows, void* stream);
+
+// Adds all chunks up, of a single row: where there are so many that one block would take too long.
+void sum_chunks(const Sums& sums, void* stream);
 
 // All levels by the rules that are built in.
 void move_towers(const TowerLaunch& launch, void* stream);

@@ -71,6 +71,9 @@ std::int64_t elements_of(at::TensorList tensors) {
   return elements;
 }
 
+// Of so many chunks, the last block of a pass adds the sums up in the time of a launch or two.
+constexpr std::int64_t kFewChunks = 2048;
+
 // What the kernels read beyond the states.
 enum Extra { kNone, kTraces, kCotangents };
 
@@ -82,10 +85,11 @@ class Batch {
         rule_(rule),
         extra_(extra),
         device_(tower),
-        tower_(tower) {
+        tower_(tower),
+        rows_(std::size_t(tower.size(0))) {
     counters_.reserve(params.size());
     common_.chunk = std::int32_t(chunks_.size());
-    common_.tower = tower.const_data_ptr<double>();
+    common_.tower = tower.mutable_data_ptr<double>();
     common_.width = tower.size(1);
     common_.horizon = 1.0;
     common_.scale = 1.0;
@@ -111,58 +115,83 @@ class Batch {
   void finish() { chunks_.finish(); }
 
   void add(const Item& item, const at::Tensor& step, const at::Tensor& tick) {
+    const auto begin = std::uint32_t(chunks_.chunks().size());
     chunks_.add(item);
+    Row& row = rows_[std::size_t(item.row)];
+    if (row.chunks == 0) row.begin = begin;
+    row.end = std::uint32_t(chunks_.chunks().size());
+    row.chunks += row.end - begin;
     counters_.push_back({step.mutable_data_ptr<std::int64_t>(), tick.mutable_data_ptr<std::int64_t>()});
   }
 
-  // Runs kernel(arithmetic), which leaves `columns` sums of each chunk, over all of them.
+  // Runs kernel(arithmetic) over all tensors.
   template <class F>
-  void run(int columns, F&& kernel) {
+  void run(F&& kernel) {
+    each_launch(
+        [&](const Launch& launch, int arithmetic) { kernel(arithmetic)(launch, launch.blocks, device_.stream()); });
+  }
+
+  // The same for an update, which counts the steps of the tensors.
+  template <class F>
+  void run_and_count(F&& kernel) {
+    common_.counts = true;
+    run(kernel);
+  }
+
+  // float64 [rows of the tower, width] for sum(). A row without tensors is 0, but for its last number.
+  at::Tensor new_result(int width, double absent) const {
+    const bool all = std::all_of(rows_.begin(), rows_.end(), [](const Row& row) { return row.chunks > 0; });
+    if (all) return at::empty({tower_.size(0), width}, tower_.options());
+    at::Tensor result = at::zeros({tower_.size(0), width}, tower_.options());
+    result.select(1, width - 1).fill_(absent);
+    return result;
+  }
+
+  // The same for kernels that leave `columns` sums of each chunk, which are added up to `result`. hypers, set: see Sums.
+  template <class F>
+  void sum(int columns, const at::Tensor& result, int hypers, Mask set, F&& kernel) {
     const std::int64_t chunks = std::int64_t(chunks_.chunks().size());
-    if (columns > 0) {
-      partial_ = at::empty({columns, chunks}, tower_.options());
-      rows_ = at::empty({chunks}, tower_.options().dtype(at::kInt));
-      common_.partial = partial_.mutable_data_ptr<double>();
-      common_.chunk_rows = rows_.mutable_data_ptr<std::int32_t>();
-      common_.chunks = chunks;
-    }
-    each_launch([&](const Launch& launch, std::int64_t blocks, int arithmetic) {
-      kernel(arithmetic)(launch, blocks, device_.stream());
-      HX_CHECK_LAUNCH();
-    });
-  }
-
-  // finish(launch, stream) over all tensors, after run().
-  void close(void (*finish)(const Launch&, void*)) {
-    each_launch([&](const Launch& launch, std::int64_t, int) {
-      finish(launch, device_.stream());
-      HX_CHECK_LAUNCH();
-    });
-  }
-
-  // Adds the sums of the chunks up. hypers: see SumLaunch.
-  void sum(const at::Tensor& result, int hypers, Mask set) {
-    sum_chunks({common_.partial, common_.chunk_rows, common_.chunks, result.mutable_data_ptr<double>(),
-                std::int32_t(result.size(-1)), hypers, set, common_.learn},
-               result.numel() / result.size(-1), device_.stream());
+    const at::Tensor partial = at::empty({columns, chunks}, tower_.options());
+    const at::Tensor rows = at::empty({chunks}, tower_.options().dtype(at::kInt));
+    common_.sums = {partial.mutable_data_ptr<double>(),
+                    rows.mutable_data_ptr<std::int32_t>(),
+                    chunks,
+                    result.mutable_data_ptr<double>(),
+                    std::int32_t(result.size(-1)),
+                    columns,
+                    hypers,
+                    set,
+                    common_.learn};
+    common_.adds_up = rows_.size() > 1 || chunks <= kFewChunks;
+    run(kernel);
+    if (common_.adds_up) return;
+    sum_chunks(common_.sums, device_.stream());
     HX_CHECK_LAUNCH();
+  }
+
+  void forget() {
+    each_launch([&](const Launch& launch, int) { forget_steps(launch, device_.stream()); });
   }
 
  private:
   struct Counters {
     std::int64_t *step, *tick;
   };
+  struct Row {
+    std::uint32_t chunks = 0, begin = 0, end = 0;  // how many are its own, and among which
+  };
 
-  // f(launch, blocks, arithmetic): as many tensors at once as fit, those of one arithmetic at a time.
+  // f(launch, arithmetic): as many tensors at once as fit, those of one arithmetic at a time.
   template <class F>
   void each_launch(F&& f) const {
     const int most = Launch::kWords / common_.stride;
     for (int arithmetic = 0; arithmetic < 2; ++arithmetic) {
       Launch launch = common_;
-      std::int64_t blocks = 0;
       const auto flush = [&] {
-        if (launch.tensors > 0) f(launch, blocks, arithmetic);
-        launch.tensors = 0, blocks = 0;
+        if (launch.tensors == 0) return;
+        f(launch, arithmetic);
+        HX_CHECK_LAUNCH();
+        launch.tensors = launch.blocks = 0;
       };
       std::size_t chunk = 0;
       for (std::size_t i = 0; i < chunks_.items().size(); ++i) {
@@ -170,12 +199,12 @@ class Batch {
         while (chunk < chunks_.chunks().size() && chunks_.chunks()[chunk].item == i) ++chunk;
         const Item& item = chunks_.items()[i];
         if (arithmetic_of(item.type) != arithmetic) continue;
-        if (launch.tensors == most || (launch.tensors > 0 && launch.first_chunk + blocks != std::int64_t(first)))
+        if (launch.tensors == most || (launch.tensors > 0 && launch.first_chunk + launch.blocks != std::int32_t(first)))
           flush();
         if (launch.tensors == 0) launch.first_chunk = std::int32_t(first);
-        write(launch.words + launch.tensors * launch.stride, item, counters_[i], std::uint64_t(blocks));
+        write(launch.words + launch.tensors * launch.stride, item, counters_[i], std::uint64_t(launch.blocks));
         launch.tensors += 1;
-        blocks += std::int64_t(chunk - first);
+        launch.blocks += std::int32_t(chunk - first);
       }
       flush();
     }
@@ -188,7 +217,10 @@ class Batch {
     const std::size_t states = rule_.state.size();
     words[kCount] = std::uint64_t(slice.count);
     words[kPlace] = first_block | std::uint64_t(item.row) << 32;
-    words[kFormat] = std::uint64_t(item.type) | (is_aligned(slice, item.type, states) ? kAligned : 0);
+    const Row& row = rows_[std::size_t(item.row)];
+    words[kFormat] = std::uint64_t(item.type) | (is_aligned(slice, item.type, states) ? kAligned : 0) |
+                     std::uint64_t(row.chunks) << 32;
+    words[kSpan] = row.begin | std::uint64_t(row.end) << 32;
     words[kStep] = word(counters.step);
     words[kTick] = word(counters.tick);
     std::uint64_t* const pointers = words + kPointers;
@@ -210,48 +242,45 @@ class Batch {
   const Rule& rule_;
   Extra extra_;
   Device device_;
-  at::Tensor tower_, partial_, rows_;
+  at::Tensor tower_;
   std::vector<Counters> counters_;  // of each item
+  std::vector<Row> rows_;           // of the tower, where sums are made
   Launch common_{};
 };
 
 at::Tensor hypergradient(const Rule& rule, const Pass& pass, bool norm, bool /* squares: always */) {
   const int hypers = int(rule.hypers.size());
-  const std::vector<std::int64_t> sizes{pass.tower.size(0), 2 * hypers + 1};
-  if (pass.learn == 0 && !norm) return at::zeros(sizes, pass.tower.options());
+  if (pass.learn == 0 && !norm) return at::zeros({pass.tower.size(0), 2 * hypers + 1}, pass.tower.options());
   const bool traced = is_traced(pass);
   const Mask set = pass.learn == 0 || traced ? pass.learn : rule.set_for(pass.learn).mask;
   const DeviceRule& kernels = device_rule(rule);
   Batch batch(rule, pass, kReads);
-  batch.run(2 * count(set) + 1, [&](int arithmetic) {
+  at::Tensor result = batch.new_result(2 * hypers + 1, -1.0);
+  batch.sum(2 * count(set) + 1, result, hypers, set, [&](int arithmetic) {
     if (pass.learn == 0) return vector_launches[arithmetic].squared_norm;
     if (traced) return vector_launches[arithmetic].products;
     return launches_for(kernels.arithmetic[arithmetic], rule, pass.learn).hypergradient;
   });
-  at::Tensor result = at::empty(sizes, pass.tower.options());
-  batch.sum(result, hypers, set);
   return result;
 }
 
 at::Tensor norms(const Rule& rule, const Pass& pass) {
   const DeviceRule& kernels = device_rule(rule);
   Batch batch(rule, pass, kReads);
-  batch.run(3, [&](int arithmetic) {
+  at::Tensor result = batch.new_result(3, 0.0);
+  batch.sum(3, result, -1, 0, [&](int arithmetic) {
     return launches_for(kernels.arithmetic[arithmetic], rule, is_traced(pass) ? 0 : pass.learn).norms;
   });
-  at::Tensor result = at::empty({pass.tower.size(0), 3}, pass.tower.options());
-  batch.sum(result, -1, 0);
   return result;
 }
 
 void step(const Rule& rule, const Pass& pass) {
   const DeviceRule& kernels = device_rule(rule);
   Batch batch(rule, pass, kWrites);
-  batch.run(0, [&](int arithmetic) {
+  batch.run_and_count([&](int arithmetic) {
     const LearnedLaunches& launches = launches_for(kernels.arithmetic[arithmetic], rule, pass.learn);
     return is_traced(pass) ? launches.traced_update : launches.update;
   });
-  batch.close(count_steps);
   batch.finish();
 }
 
@@ -260,10 +289,10 @@ void settle(const Rule& rule, const Pass& pass) {
   const DeviceRule& kernels = device_rule(rule);
   Batch batch(rule, pass, kWrites);
   if (traced || (record_of(rule, pass) & kDeferred) != 0)
-    batch.run(0, [&](int arithmetic) {
+    batch.run([&](int arithmetic) {
       return traced ? vector_launches[arithmetic].decay : kernels.arithmetic[arithmetic].settle;
     });
-  if (!traced) batch.close(forget_steps);
+  if (!traced) batch.forget();
   batch.finish();
 }
 
@@ -290,7 +319,7 @@ void update(const Rule& rule, const Inputs& inputs, at::TensorList outputs) {
   Batch batch(rule, given.tower, inputs.params, kNone);
   for (std::size_t i = 0; i < inputs.params.size(); ++i)
     batch.add(item_for(batch.chunks(), rule, inputs, outputs, i), given.step, given.tick);
-  batch.run(0, [&](int arithmetic) { return kernels.arithmetic[arithmetic].sets[0].update; });
+  batch.run([&](int arithmetic) { return kernels.arithmetic[arithmetic].sets[0].update; });
   batch.finish();
 }
 
@@ -303,8 +332,8 @@ void differentiate(const Rule& rule, LaunchFunction RuleLaunches::* kernel, at::
   Batch batch(rule, given.tower, inputs.params, grad_inputs.empty() ? kNone : kCotangents);
   for (std::size_t i = 0; i < inputs.params.size(); ++i)
     batch.add(item_for(batch.chunks(), rule, grad_params, grad_state, inputs, grad_inputs, i), given.step, given.tick);
-  batch.run(int(rule.hypers.size()), [&](int arithmetic) { return kernels.arithmetic[arithmetic].*kernel; });
-  batch.sum(sums, -1, 0);
+  batch.sum(int(rule.hypers.size()), sums, -1, 0,
+            [&](int arithmetic) { return kernels.arithmetic[arithmetic].*kernel; });
   batch.finish();
 }
 

@@ -15,7 +15,6 @@ struct SquaredNorm {
   HX_FN static void block(const Launch& launch, int block, Shared& shared, const Team& team) {
     const Chunk chunk(launch, block, 0);
     team.each([&](int thread) {
-      if (thread == 0) launch.chunk_rows[launch.first_chunk + block] = chunk.entry.row();
       A square = A(0);
       chunk.each_run(thread, kThreads, [&](std::int64_t i, int n, bool whole) {
         A g[kVector];
@@ -49,7 +48,6 @@ struct TraceProducts {
     for (int k = 0; k < learned; ++k) {
       const void* const trace = chunk.entry.pointer<const void>(first_extra(launch) + direction(launch.learn, k));
       team.each([&](int thread) {
-        if (thread == 0) launch.chunk_rows[launch.first_chunk + block] = chunk.entry.row();
         A product = A(0), norm = A(0), square = A(0);
         chunk.each_run(thread, kThreads, [&](std::int64_t i, int n, bool whole) {
           A g[kVector], z[kVector];
@@ -67,9 +65,10 @@ struct TraceProducts {
         shared.values[kThreads + thread] = double(norm);
         shared.values[2 * kThreads + thread] = double(square);
       });
-      finish_sums<kThreads, 3>(team, shared.values, launch, block,
-                               [=](int column) { return column == 2 ? 2 * learned : column * learned + k; });
+      sum_chunk<kThreads, 3>(team, shared.values, launch, block,
+                             [=](int column) { return column == 2 ? 2 * learned : column * learned + k; });
     }
+    sum_row<kThreads>(team, shared.values, launch, block);
   }
 };
 
@@ -100,31 +99,6 @@ struct Decay {
   }
 };
 
-// f(entry, header of its row) for every tensor of a launch, by one block.
-template <class F>
-HX_FN void each_tensor(const Launch& launch, int thread, int threads, F&& f) {
-  for (int tensor = thread; tensor < launch.tensors; tensor += threads) {
-    const Entry entry(launch, tensor);
-    f(entry, launch.tower + entry.row() * launch.width);
-  }
-}
-
-struct CountSteps {
-  static constexpr int kThreads = 64;
-  struct Shared {};
-
-  template <class Team>
-  HX_FN static void block(const Launch& launch, int, Shared&, const Team& team) {
-    team.each([&](int thread) {
-      each_tensor(launch, thread, kThreads, [](const Entry& entry, const double* header) {
-        if (header[kOk] == 0.0) return;
-        entry.step() += 1;
-        entry.tick() = std::int64_t(header[kTicks]);
-      });
-    });
-  }
-};
-
 struct ForgetSteps {
   static constexpr int kThreads = 64;
   struct Shared {};
@@ -139,50 +113,16 @@ struct ForgetSteps {
   }
 };
 
+// A block for each column, of a single row.
 struct SumChunks {
   static constexpr int kThreads = cuda::kThreads;
   struct Shared {
-    double sums[kThreads];
-    int found[kThreads];
+    double values[kThreads];
   };
 
-  // The column that a number of the result is the sum of; -1: it is 0.
-  HX_FN static int source(const SumLaunch& launch, int column) {
-    if (launch.hypers < 0) return column;
-    const int learned = count(launch.set), hyper = column % launch.hypers;
-    if (column == 2 * launch.hypers) return 2 * learned;
-    if ((launch.learn & bit(hyper)) == 0) return -1;
-    return position(launch.set, hyper) + (column < launch.hypers ? 0 : learned);
-  }
-
   template <class Team>
-  HX_FN static void block(const SumLaunch& launch, int block, Shared& shared, const Team& team) {
-    const int row = block / launch.width, column = block % launch.width;
-    const int from = source(launch, column);
-    team.each([&](int thread) {
-      double sum = 0.0;
-      int found = 0;
-      HX_UNROLL_BY(4)  // both are read, whatever the row is, so that many reads are under way at once
-      for (std::int64_t chunk = thread; from >= 0 && chunk < launch.chunks; chunk += kThreads) {
-        const double part = launch.partial[from * launch.chunks + chunk];
-        const bool mine = launch.chunk_rows[chunk] == row;
-        sum += mine ? part : 0.0;
-        found |= int(mine);
-      }
-      shared.sums[thread] = sum;
-      shared.found[thread] = found;
-    });
-    for (int half = kThreads / 2; half > 0; half /= 2)
-      team.each([&](int thread) {
-        if (thread >= half) return;
-        shared.sums[thread] += shared.sums[thread + half];
-        shared.found[thread] |= shared.found[thread + half];
-      });
-    team.each([&](int thread) {
-      if (thread != 0) return;
-      const bool absent = launch.hypers >= 0 && column == 2 * launch.hypers && shared.found[0] == 0;
-      launch.result[block] = absent ? -1.0 : shared.sums[0];
-    });
+  HX_FN static void block(const Sums& sums, int block, Shared& shared, const Team& team) {
+    add_chunks<kThreads>(team, shared.values, sums, 0, 0, int(sums.chunks), block, 1);
   }
 };
 
@@ -193,16 +133,12 @@ constexpr VectorLaunches launches() {
 
 const VectorLaunches vector_launches[2] = {launches<float>(), launches<double>()};
 
-void count_steps(const Launch& arguments, void* stream) {
-  launch<CountSteps>(arguments, 1, stream);
-}
-
 void forget_steps(const Launch& arguments, void* stream) {
   launch<ForgetSteps>(arguments, 1, stream);
 }
 
-void sum_chunks(const SumLaunch& arguments, std::int64_t rows, void* stream) {
-  launch<SumChunks>(arguments, rows * arguments.width, stream);
+void sum_chunks(const Sums& arguments, void* stream) {
+  launch<SumChunks>(arguments, arguments.columns, stream);
 }
 
 }  // namespace cuda

@@ -4,8 +4,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
 
-#include <algorithm>
-
 namespace hyperopt_ext {
 
 at::ScalarType arithmetic(at::ScalarType type) {
@@ -101,9 +99,21 @@ void check(const Rule& rule, const Pass& pass) {
   }
 }
 
+namespace {
+
+// Whether the elements of two tensors of one shape lie in the same order. Along a dimension of size 1 there is none.
+bool same_strides(const at::Tensor& a, const at::Tensor& b) {
+  if (a.strides() == b.strides()) return true;
+  for (std::int64_t i = 0; i < a.dim(); ++i)
+    if (a.size(i) != 1 && a.stride(i) != b.stride(i)) return false;
+  return true;
+}
+
+}  // namespace
+
 void* Chunks::elements(const at::Tensor& param, const at::Tensor& t, bool written) {
   const bool dense = param.is_non_overlapping_and_dense();
-  if (dense && (t.is_same(param) || t.strides() == param.strides())) return t.data_ptr();
+  if (dense && (t.is_same(param) || same_strides(t, param))) return t.data_ptr();
   if (!dense && t.is_contiguous()) return t.data_ptr();
   at::Tensor copy =
       dense ? at::empty_strided(param.sizes(), param.strides(), t.options()) : at::empty(param.sizes(), t.options());
@@ -113,27 +123,19 @@ void* Chunks::elements(const at::Tensor& param, const at::Tensor& t, bool writte
   return copies_.back().data_ptr();
 }
 
-void Chunks::add(const Item& item) {
-  const std::int64_t count = item.slice.count;
-  for (std::int64_t begin = 0; begin == 0 || begin < count; begin += size_)
-    chunks_.push_back({items_.size(), begin, std::min(size_, count - begin)});
-  items_.push_back(item);
-  elements_ += count;
-}
-
-Slice Chunks::slice(const Chunk& chunk) const {
-  const Item& item = items_[chunk.item];
-  const std::int64_t values = chunk.begin * param_bytes(item.type), wide = chunk.begin * arithmetic_bytes(item.type);
+Slice Chunks::slice(const Item& item, std::int64_t k) const {
+  const std::int64_t begin = k * size_;
+  const std::int64_t values = begin * param_bytes(item.type), wide = begin * arithmetic_bytes(item.type);
   Slice slice = item.slice;
   slice.param = shift(slice.param, values);
   slice.grad = shift(slice.grad, values);
   slice.last_param = shift(slice.last_param, values);
-  slice.last_grad = shift(slice.last_grad, chunk.begin * item.last_grad_bytes);
+  slice.last_grad = shift(slice.last_grad, begin * item.last_grad_bytes);
   for (void*& state : slice.state) state = shift(state, wide);
   for (void*& trace : slice.trace) trace = shift(trace, wide);
   for (void*& grad : slice.grad_state) grad = shift(grad, wide);
   for (void*& grad : slice.grad_input) grad = shift(grad, wide);
-  slice.count = chunk.count;
+  slice.count = std::min(size_, slice.count - begin);
   return slice;
 }
 
@@ -203,7 +205,7 @@ Item item_for(Chunks& chunks, const Rule& rule, at::TensorList grad_params, at::
   }
   if (!grad_inputs.empty())
     for (std::size_t k = 0; k < 2 + states; ++k)
-      if (const at::Tensor& grad = grad_inputs[k * n + i]; grad.numel() == param.numel())
+      if (const at::Tensor& grad = grad_inputs[k * n + i]; grad.sizes() == param.sizes())
         item.slice.grad_input[k] = chunks.elements(param, grad, true);
   return item;
 }

@@ -1,9 +1,10 @@
-// What the two passes over the parameters work on, for any device: the lists of one call, and the table of chunks that
-// they are cut into.
+// What the two passes over the parameters work on, for any device: the lists of one call, and the chunks that they are cut
+// into.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -77,7 +78,7 @@ struct Backend {
   // One step with given values: the new parameters and the new state go to `outputs`, in this order.
   void (*update)(const Rule&, const Inputs&, at::TensorList outputs);
 
-  // sums, float64 [hypers] += d <grad_params, updated params> / d hyper.
+  // sums, float64 [hypers] = d <grad_params, updated params> / d hyper.
   void (*backward)(const Rule&, at::TensorList grad_params, const Inputs&, const at::Tensor& sums);
 
   // The same for <grad_params, updated params> + <grad_state, updated state>, with its derivatives with respect to each
@@ -103,38 +104,33 @@ struct Item {
   std::int64_t row;
 };
 
-// A list of tensors, cut into chunks of at most `size` elements. A tensor without elements has one chunk, which is
-// empty.
+// A list of tensors that are worked on in chunks of at most `size` elements.
 class Chunks {
  public:
-  struct Chunk {
-    std::size_t item;
-    std::int64_t begin, count;
-  };
-
-  Chunks(std::int64_t size, std::size_t tensors) : size_(size) { items_.reserve(tensors), chunks_.reserve(tensors); }
+  Chunks(std::int64_t size, std::size_t tensors) : size_(size) { items_.reserve(tensors); }
 
   // Where the elements of `t` lie in the memory order of `param`: in place, or in a copy if `t` has other strides or
   // `param` has gaps. A copy of something `written` goes back in finish().
   void* elements(const at::Tensor& param, const at::Tensor& t, bool written);
 
-  void add(const Item& item);
+  void add(const Item& item) { items_.push_back(item); }
 
   std::int64_t size() const { return size_; }
   const std::vector<Item>& items() const { return items_; }
-  const std::vector<Chunk>& chunks() const { return chunks_; }
-  std::int64_t elements() const { return elements_; }
-  // The elements of one chunk.
-  Slice slice(const Chunk& chunk) const;
+  // The chunks of an item: one, which is empty, for a tensor without elements.
+  std::int64_t count(const Item& item) const {
+    return std::max<std::int64_t>(1, (item.slice.count + size_ - 1) / size_);
+  }
+  // The elements of the k-th of them.
+  Slice slice(const Item& item, std::int64_t k) const;
 
   void finish() {
     for (auto& [tensor, copy] : write_back_) tensor.copy_(copy);
   }
 
  private:
-  std::int64_t size_, elements_ = 0;
+  std::int64_t size_;
   std::vector<Item> items_;
-  std::vector<Chunk> chunks_;
   std::vector<at::Tensor> copies_;
   std::vector<std::pair<at::Tensor, at::Tensor>> write_back_;
 };

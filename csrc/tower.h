@@ -19,7 +19,7 @@ namespace hyperopt_ext {
 //             moving    0 if the levels above level 0 do not move in this step
 //             schedule  what the lr of level 0 is multiplied by in the coming update; written from outside
 //             scheduled what it was multiplied by in the last one
-//             arrived   on a GPU, the blocks of a kernel that are through, an unsigned int; 0 between kernels
+//             arrived   on a GPU, the blocks of a pass that are through with the row, an unsigned int; 0 between passes
 //   level k   used      [hypers]             the values of the most recent update
 //             previous  [hypers]             those of the update before it
 //             live      [hypers]             what the user sees and may write to
@@ -121,9 +121,12 @@ struct TowerView {
 // The number of doubles in a row.
 std::int64_t tower_width(const std::int64_t* plan, int levels);
 
+// Sums over rows are made in at most so many parts.
+constexpr int kRowParts = 8;
+
 // The doubles that a step of a tower needs for itself, whatever it learns.
 inline std::int64_t tower_scratch(std::int64_t rows, std::int64_t learned) {
-  return rows * (2 * learned + 1) + 3 * kMaxHypers + 2;
+  return rows * (2 * learned + 1) + 2 + 3 * kRowParts * kMaxHypers;
 }
 
 // Sets a row up: live values and coordinates from `values` [sum of hypers], accumulators from `state`, one value for

@@ -83,22 +83,33 @@ struct Level {
   HX_FN bool is_lr(int i) const { return i == int(plan[kLr]); }
 };
 
+// What is known of the derivative of the loss with respect to one hyperparameter: <G, z>, |z|^2 and |G|^2, where G is
+// the gradient of what its level moves and z the derivative of that level's last update.
+struct Products {
+  double gz, zz, gg;
+  HX_FN void add(const Products& other) {
+    gz += other.gz;
+    zz += other.zz;
+    gg += other.gg;
+  }
+};
+
 // What a step keeps in TowerView::scratch.
 struct Scratch {
   std::int64_t learned;
   double *exact, *applied;  // [rows, learned]: d loss / d coordinate; the same, normalised and clipped
   double* finite;           // [rows]
-  double* shared;           // [kMaxHypers, 3]: Products that the rows have in common
   double* all_finite;       // of the rows that take part
   double* any;              // whether one does
+  Products* shared;         // [kRowParts, kMaxHypers]: what the rows have in common
 
   HX_FN explicit Scratch(const TowerView& tower) : learned(tower.learned()) {
     exact = tower.scratch;
     applied = exact + tower.rows * learned;
     finite = applied + tower.rows * learned;
-    shared = finite + tower.rows;
-    all_finite = shared + 3 * kMaxHypers;
+    all_finite = finite + tower.rows;
     any = all_finite + 1;
+    shared = reinterpret_cast<Products*>(any + 1);
   }
 };
 
@@ -186,17 +197,6 @@ HX_FN void use(const Level& level, int i, double t, double schedule) {
   if (level.is_lr(i)) r.used[i] *= schedule;
 }
 
-// What is known of the derivative of the loss with respect to one hyperparameter: <G, z>, |z|^2 and |G|^2, where G is
-// the gradient of what its level moves and z the derivative of that level's last update.
-struct Products {
-  double gz, zz, gg;
-  HX_FN void add(const Products& other) {
-    gz += other.gz;
-    zz += other.zz;
-    gg += other.gg;
-  }
-};
-
 HX_FN bool is_shared(const TowerView& tower, int k) {
   return tower.rows > 1 && tower.settings[k * kSettings + kPerTensor] == 0.0;
 }
@@ -223,15 +223,51 @@ HX_FN Products products_of(const TowerView& tower, const Scratch& scratch, int k
   return p;
 }
 
-// Calls f(row, first, last) for a worker's share of level k: its rows, and in each its hyperparameters from first up to,
-// and without, last.
+// A worker's share of level k: every kEvery-th of the rows, and in each the hyperparameters from `first` up to, and without,
+// `last`.
+template <class Team>
+struct Share {
+  static constexpr int kEvery = Team::kWorkers / Team::kLanes;
+  static_assert(kEvery <= kRowParts);
+  int part, first, last;
+
+  HX_FN Share(const TowerView& tower, int k, int worker) {
+    const int hypers = int(tower.level(k)[kHypers]), lane = worker % Team::kLanes;
+    part = worker / Team::kLanes;
+    first = Team::kLanes == 1 ? 0 : lane;
+    last = Team::kLanes == 1 ? hypers : lane < hypers ? lane + 1 : lane;
+  }
+};
+
+// Calls f(row, first, last) for the rows of a worker's share, if it has one.
 template <class Team, class F>
 HX_FN void each_share(const TowerView& tower, int k, int worker, F&& f) {
-  const int hypers = int(tower.level(k)[kHypers]), lane = worker % Team::kLanes;
-  const int first = Team::kLanes == 1 ? 0 : lane, last = Team::kLanes == 1 ? hypers : lane + 1;
-  if (first >= hypers) return;
-  for (std::int64_t row = worker / Team::kLanes; row < tower.rows; row += Team::kWorkers / Team::kLanes)
-    f(row, first, last);
+  const Share<Team> share(tower, k, worker);
+  if (share.first == share.last) return;
+  for (std::int64_t row = share.part; row < tower.rows; row += Share<Team>::kEvery) f(row, share.first, share.last);
+}
+
+// Adds the products of level k up over the rows, into scratch.shared: each part of the rows, then the parts.
+template <class Team>
+HX_FN void sum_rows(const Team& team, const TowerView& tower, const Scratch& scratch, int k) {
+  const Mask learn = Mask(tower.level(k)[kLearn]);
+  team.each([&](int worker) {
+    const Share<Team> share(tower, k, worker);
+    for (int i = share.first; i < share.last; ++i) {
+      if ((learn & bit(i)) == 0) continue;
+      Products sum{};
+      for (std::int64_t row = share.part; row < tower.rows; row += Share<Team>::kEvery)
+        sum.add(products_of(tower, scratch, k, i, row));
+      scratch.shared[share.part * kMaxHypers + i] = sum;
+    }
+  });
+  if (Share<Team>::kEvery == 1) return;
+  team.each([&](int worker) {
+    const Share<Team> share(tower, k, worker);
+    for (int i = share.first; i < share.last && share.part == 0; ++i)
+      for (int part = 1; part < Share<Team>::kEvery && (learn & bit(i)) != 0; ++part)
+        scratch.shared[i].add(scratch.shared[part * kMaxHypers + i]);
+  });
 }
 
 // The hypergradients, from the lowest level up. Where the rows begin to share a level, they are summed over the rows.
@@ -243,24 +279,13 @@ HX_FN void differentiate(const Team& team, const TowerView& tower, const Scratch
   for (int k = 0; k + 1 < tower.levels; ++k) {
     const Mask learn = Mask(tower.level(k)[kLearn]);
     const bool summed = is_shared(tower, k) && (k == 0 || !is_shared(tower, k - 1));
-    if (summed)
-      team.each([&](int worker) {
-        for (int i = worker; i < int(tower.level(k)[kHypers]); i += Team::kWorkers) {
-          Products sum{};
-          if ((learn & bit(i)) != 0)
-            for (std::int64_t row = 0; row < tower.rows; ++row) sum.add(products_of(tower, scratch, k, i, row));
-          double* const shared = scratch.shared + 3 * i;
-          shared[0] = sum.gz, shared[1] = sum.zz, shared[2] = sum.gg;
-        }
-      });
+    if (summed) sum_rows(team, tower, scratch, k);
     team.each([&](int worker) {
       each_share<Team>(tower, k, worker, [&](std::int64_t row, int first, int last) {
         const Level level(tower, row, k);
         for (int i = first; i < last; ++i) {
           if (!level.learns(i)) continue;
-          const double* const shared = scratch.shared + 3 * i;
-          const Products p =
-              summed ? Products{shared[0], shared[1], shared[2]} : products_of(tower, scratch, k, i, row);
+          const Products p = summed ? scratch.shared[i] : products_of(tower, scratch, k, i, row);
           double slope = slope_at(level.space(i), level.row.x[i], level.row.seen[i]);
           const double* const head = tower.header(row);
           const double schedule = k == 0 && level.is_lr(i) ? head[kScheduled] : 1.0;
@@ -295,16 +320,18 @@ HX_FN void decide(const Team& team, const TowerView& tower, const Scratch& scrat
   // Rows that share a level above the first stay in step: they move, or not, together.
   bool coupled = false;
   for (int k = 1; k < tower.levels; ++k) coupled = coupled || (tower.level(k)[kLearn] != 0 && is_shared(tower, k));
-  if (tower.rows > 1)
+  if (tower.rows > 1) {
     team.each([&](int worker) {
-      if (worker != 0) return;
-      *scratch.any = 0.0, *scratch.all_finite = 1.0;
-      for (std::int64_t row = 0; row < tower.rows; ++row) {
+      if (worker == 0) *scratch.any = 0.0, *scratch.all_finite = 1.0;
+    });
+    team.each([&](int worker) {  // who writes, writes the same
+      for (std::int64_t row = worker; row < tower.rows; row += Team::kWorkers) {
         if (!is_finite(squared_norm(tower, row)) || squared_norm(tower, row) < 0.0) continue;
         *scratch.any = 1.0;
         if (scratch.finite[row] == 0.0) *scratch.all_finite = 0.0;
       }
     });
+  }
   team.each([&](int worker) {
     for (std::int64_t row = worker; row < tower.rows; row += Team::kWorkers) {
       double* const head = tower.header(row);
@@ -320,6 +347,7 @@ HX_FN void decide(const Team& team, const TowerView& tower, const Scratch& scrat
       head[kMoves] += moves ? 1.0 : 0.0;
       head[kSkipped] += skips ? 1.0 : 0.0;
       head[kHeld] += moving && !finite ? 1.0 : 0.0;
+      head[kArrived] = 0.0;  // it is, unless a pass was broken off
       if (row == 0) continue;
       for (int k = 0; k < tower.levels; ++k) {  // what the user wrote to a shared level stands in the first row
         if (!is_shared(tower, k)) continue;

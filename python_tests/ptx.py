@@ -34,21 +34,18 @@ _FUNCTION = re.compile(
 )
 _REGISTER = re.compile(r"\.reg\s+\.(\w+)\s+(%?\w+)(?:<(\d+)>)?")
 _ARRAY = re.compile(r"\.(shared|local)\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[(\d+)\]")
-_SHARED_BY_ALL = re.compile(r"^\.shared\s+\.align\s+\d+\s+\.\w+\s+([\w$]+);", re.MULTILINE)  # one number each
 
 
 def translate(ptx: str) -> str:
     """C++ of all kernels, and of the functions that they call."""
     functions = []
-    shared = _SHARED_BY_ALL.findall(ptx)
     for match in _FUNCTION.finditer(ptx):
         kind, name, parameters = match.groups()
         depth, end = 1, match.end()
         while depth:
             depth += {"{": 1, "}": -1}.get(ptx[end], 0)
             end += 1
-        body = ptx[match.end() : end - 1]
-        functions.append(_Function(name, kind == "entry", parameters.count(".param"), shared, body))
+        functions.append(_Function(name, kind == "entry", parameters.count(".param"), ptx[match.end() : end - 1]))
     functions.sort(key=lambda function: function.is_kernel)
     return '#include "ptx.h"\n\n' + "\n".join(function.code() for function in functions)
 
@@ -63,13 +60,11 @@ def _parts(operand: str) -> list[str]:
 
 
 class _Function:
-    def __init__(self, name: str, is_kernel: bool, parameters: int, shared: list[str], body: str) -> None:
+    def __init__(self, name: str, is_kernel: bool, parameters: int, body: str) -> None:
         self.name, self.is_kernel, self.parameters = name, is_kernel, parameters
         self.registers: dict[str, str] = {}
-        self.arrays = {
-            name: ("shared", 16 * (i + 1)) for i, name in enumerate(shared)
-        }  # the space, and the place in it
-        self.bytes = {"shared": 16 * (len(shared) + 1), "local": 16}
+        self.arrays: dict[str, tuple[str, int]] = {}  # the space, and the place in it
+        self.bytes = {"shared": 16, "local": 16}
         self.lines: list[str] = []
         self.barriers = 0
         self.guard = ""
@@ -215,7 +210,7 @@ class _Function:
         self._set(operands[0], "uint32_t", "before")
         self._emit("}")
 
-    def _membar(self, *_: list[str]) -> None:
+    def _fence(self, *_: list[str]) -> None:
         """Blocks run one after the other."""
 
     def _cvta(self, modifiers: list[str], operands: list[str]) -> None:

@@ -172,7 +172,7 @@ def test_more_tensors_and_towers_than_fit_into_a_launch(device):
 
 
 def test_more_elements_than_fit_into_small_chunks(device):
-    """A block takes more of them where there are many, here 2048 and 8192 at a time."""
+    """A block takes more of them where there are many, here 3072 and 8192 at a time."""
     for elements in (600_001, 4_300_001):
 
         def make(elements=elements):
@@ -199,6 +199,55 @@ def test_a_row_of_the_tower_without_a_gradient(device, options):
         return train(stack, shaped(torch.float64)[3:7], steps=6, silent={1: 0, 2: 3, 3: 1, 4: 2})
 
     both(device, make, 1e-12)
+
+
+def test_a_pass_of_many_launches_of_both_arithmetics(device):
+    def make(granularity: str):
+        dtypes = [torch.float32, torch.float64]
+        params = [torch.nn.Parameter(torch.linspace(-1, 1, 5 + i, dtype=dtypes[i % 2])) for i in range(130)]
+        return train(hx.Adam(lr=0.01, granularity=granularity) / hx.SGD(lr=1e-6), params, steps=3, silent={1: 77})
+
+    both(device, lambda: make("group"), 1e-6, 1e-5)
+    both(device, lambda: make("tensor"), 1e-6, 1e-5)
+
+
+def test_parameters_of_a_row_need_not_follow_each_other(device):
+    """The operators take the rows in any order."""
+
+    def made() -> list[torch.Tensor]:
+        owners = [torch.nn.Parameter(torch.ones(1)) for _ in range(3)]
+        tower = hx.HyperOptimizer(owners, hx.SGD(lr=0.1, granularity="tensor") / hx.SGD())._groups[0].tower
+        params = [torch.linspace(-1, 1, n, dtype=torch.float64) for n in (5, 3000, 7, 1, 1025, 9)]
+        grads = [p.cos() for p in params]
+        steps, ticks = ([torch.tensor(value) for _ in params] for value in (0, -1))
+        arguments = (params, grads, [], [], steps, ticks, tower, [1, 0, 1, 2, 0, 1], 0, 1.0, 0.0, 1.0)
+        ops = torch.ops.hyperopt_ext
+        results = [ops.sgd_norms(*arguments), ops.sgd_hypergradient(*arguments, True, True)]
+        ops.sgd_step_(*arguments)
+        return [*results, *params, *steps]
+
+    expected = made()
+    with on(device):
+        got = made()
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_that_are_not_aligned(device, dtype):
+    """As those of DistributedDataParallel, which lie one after the other in a bucket."""
+
+    def make():
+        params = [torch.nn.Parameter(torch.linspace(-1, 1, n).to(dtype)) for n in (3, 4000, 17)]
+        opt = hx.HyperOptimizer(params, hx.Adam(lr=0.01) / hx.SGD(lr=1e-9))
+        bucket = torch.linspace(1, 2, sum(p.numel() for p in params)).to(dtype)
+        for p, grad in zip(params, bucket.split([p.numel() for p in params]), strict=True):
+            p.grad = grad.view_as(p)
+        for _ in range(3):
+            opt.step()
+        return opt
+
+    both(device, make, TOLERANCE[dtype], 1e-4)
 
 
 def test_dtypes_can_be_mixed_in_a_group(device):

@@ -315,6 +315,15 @@ def test_a_step_of_any_layout_equals_the_contiguous_one(layout):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)], ids=str)
+def test_parameters_without_elements_next_to_others(shape):
+    lr = torch.tensor(0.1, requires_grad=True)
+    w = [torch.zeros(shape), torch.ones(2)]
+    new, _ = hx.functional.adam(w, w, None, {"lr": lr}, torch.tensor(1), detach=False)
+    [slope] = torch.autograd.grad(new[0].sum() + new[1].sum(), lr)
+    torch.testing.assert_close(slope, torch.tensor(-2.0))
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_operator_has_a_meta_kernel(case):
     """Shapes and dtypes without data: what fake tensors, and so all of torch.compile, are made of."""

@@ -51,6 +51,18 @@ def test_what_is_kept_of_a_parameter_is_exact(case, dtype):
     checks.what_is_kept_of_a_parameter_is_exact(case, dtype)
 
 
+@pytest.mark.parametrize(("size", "copies"), [(1, 0), (6, 1)])
+def test_gradients_are_copied_only_where_their_elements_lie_in_another_order(size, copies):
+    p = torch.nn.Parameter(torch.ones(5, size).t())
+    p.grad = torch.ones(size, 5)
+    assert p.stride() != p.grad.stride()
+    opt = hx.HyperOptimizer([p], hx.Adam())
+    opt.step()
+    with torch.profiler.profile() as profile:
+        opt.step()
+    assert sum(event.count for event in profile.key_averages() if event.key == "aten::copy_") == copies
+
+
 def test_dtypes_may_be_mixed_in_a_group():
     params = [torch.nn.Parameter(torch.randn(50).to(dtype)) for dtype in (torch.float32, torch.bfloat16, torch.float64)]
     opt = checks.run(params, hx.Adam(lr=1e-2) / hx.SGD(lr=1e-5))

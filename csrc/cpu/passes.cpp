@@ -28,11 +28,11 @@ struct Steps {
 // A list of tensors whose chunks run in parallel.
 class Batch {
  public:
-  explicit Batch(std::size_t tensors) : chunks_(kChunk, tensors) { steps_.reserve(tensors); }
+  explicit Batch(std::size_t tensors) : chunks_(kChunk, tensors) { steps_.reserve(tensors), table_.reserve(tensors); }
 
   Chunks& chunks() { return chunks_; }
-  std::size_t size() const { return chunks_.chunks().size(); }
-  const Item& item_of(std::size_t chunk) const { return chunks_.items()[chunks_.chunks()[chunk].item]; }
+  std::size_t size() const { return table_.size(); }
+  const Item& item_of(std::size_t chunk) const { return chunks_.items()[table_[chunk].item]; }
 
   // prepare(hyper, step), once for every run of tensors that share them.
   const void* prepared(PrepareKernel prepare, const double* hyper, double step) {
@@ -48,6 +48,8 @@ class Batch {
   }
 
   void add(const Item& item, const Steps& steps) {
+    for (std::int64_t k = 0; k < chunks_.count(item); ++k) table_.push_back({steps_.size(), k});
+    elements_ += item.slice.count;
     chunks_.add(item);
     steps_.push_back(steps);
   }
@@ -57,16 +59,16 @@ class Batch {
   void run(F&& kernel) const {
     const auto range = [&](std::int64_t first, std::int64_t last) {
       for (std::int64_t c = first; c < last; ++c) {
-        const Chunks::Chunk& chunk = chunks_.chunks()[std::size_t(c)];
-        if (chunk.count != 0)
-          kernel(chunks_.items()[chunk.item].type, steps_[chunk.item], chunks_.slice(chunk), std::size_t(c));
+        const auto [i, k] = table_[std::size_t(c)];
+        const Item& item = chunks_.items()[i];
+        if (item.slice.count != 0) kernel(item.type, steps_[i], chunks_.slice(item, k), std::size_t(c));
       }
     };
     const std::int64_t chunks = std::int64_t(size());
-    if (chunks_.elements() <= kGrain)
+    if (elements_ <= kGrain)
       range(0, chunks);
     else
-      at::parallel_for(0, chunks, std::max<std::int64_t>(1, chunks * kGrain / chunks_.elements()), range);
+      at::parallel_for(0, chunks, std::max<std::int64_t>(1, chunks * kGrain / elements_), range);
   }
 
   void finish() { chunks_.finish(); }
@@ -78,8 +80,14 @@ class Batch {
     double step;
     alignas(64) unsigned char bytes[kPreparedBytes];
   };
+  struct Chunk {
+    std::size_t item;
+    std::int64_t number;  // among those of the item
+  };
   Chunks chunks_;
   std::vector<Steps> steps_;  // of each item
+  std::vector<Chunk> table_;
+  std::int64_t elements_ = 0;
   std::deque<Values> prepared_;
 };
 

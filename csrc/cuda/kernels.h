@@ -2,12 +2,12 @@
 // code for an element.
 //
 // A block reads what the host does not know, step counts, ticks and hyperparameters, through pointers: its first thread
-// prepares the step, then each thread takes kVector elements at a time. What a chunk is they find out separately: kept from
-// one to the other, it would be spilled.
+// prepares the step, and one of its second warp, at the same time, the step before, where that is still to be finished. Then
+// each thread takes kVector elements at a time.
 #pragma once
 
 #include "../tower_step.h"
-#include "launch.h"
+#include "sums.h"
 
 namespace hyperopt_ext {
 namespace cuda {
@@ -35,31 +35,52 @@ struct Tile {
     return x;
   }
 
+  // All at once where that is possible, so that all reads are under way before the first is waited for.
   template <unsigned Parts>
-  HX_FN void load(const Entry& t, std::int64_t i, int n, bool whole) {
-    using P = Pointer;
-    if constexpr ((Parts & kOfW) != 0) read<A>(t.type(), t.pointer<const void>(P::kParam), i, n, whole, w);
-    if constexpr ((Parts & kOfG) != 0) read<A>(t.type(), t.pointer<const void>(P::kGrad), i, n, whole, g);
-    if constexpr ((Parts & kOfS) != 0) HX_UNROLL
-    for (int k = 0; k < kSlots; ++k) read<A>(t.pointer<const void>(P::kStates + k), i, n, whole, s[k]);
-    if constexpr ((Parts & kOfLastG) != 0 && Given)
-      read<A>(t.type(), t.pointer<const void>(P::kLastGrad), i, n, whole, last_g);
-    if constexpr ((Parts & kOfLastG) != 0 && !Given) read<A>(t.pointer<const void>(P::kLastGrad), i, n, whole, last_g);
-    if constexpr ((Parts & kOfLastW) != 0) read<A>(t.type(), t.pointer<const void>(P::kLastParam), i, n, whole, last_w);
+  HX_FN void load(const Entry& t, const Run& run) {
+    const bool at_once = run.whole && t.aligned(), grad_at_once = run.whole && t.grad_aligned();
+    if (at_once && grad_at_once)
+      load<Parts>(t, run, true, true);
+    else
+      load<Parts>(t, run, at_once, grad_at_once);
   }
 
   template <unsigned Parts>
-  HX_FN void store(const Entry& t, std::int64_t i, int n, bool whole) const {
+  HX_FN void store(const Entry& t, const Run& run) const {
     using P = Pointer;
-    if constexpr ((Parts & kOfW) != 0) write<A>(t.type(), w, t.pointer<void>(P::kParam), i, n, whole);
+    const bool at_once = run.whole && t.aligned();
+    with_type<A>(t.type(), [&](auto type) {
+      using T = typename decltype(type)::type;
+      if constexpr ((Parts & kOfW) != 0) write<T>(w, t.pointer<void>(P::kParam), run, at_once);
+      if constexpr ((Parts & kOfLastW) != 0) write<T>(last_w, t.pointer<void>(P::kLastParam), run, at_once);
+    });
     if constexpr ((Parts & kOfS) != 0) HX_UNROLL
-    for (int k = 0; k < kSlots; ++k) write<A>(s[k], t.pointer<void>(P::kStates + k), i, n, whole);
-    if constexpr ((Parts & kOfLastG) != 0) write<A>(last_g, t.pointer<void>(P::kLastGrad), i, n, whole);
-    if constexpr ((Parts & kOfLastW) != 0) write<A>(t.type(), last_w, t.pointer<void>(P::kLastParam), i, n, whole);
+    for (int k = 0; k < kSlots; ++k) write<A>(s[k], t.pointer<void>(P::kStates + k), run, at_once);
+    if constexpr ((Parts & kOfLastG) != 0) write<A>(last_g, t.pointer<void>(P::kLastGrad), run, at_once);
+  }
+
+ private:
+  template <unsigned Parts>
+  HX_FN void load(const Entry& t, const Run& run, bool at_once, bool grad_at_once) {
+    using P = Pointer;
+    if constexpr ((Parts & kOfS) != 0) HX_UNROLL
+    for (int k = 0; k < kSlots; ++k) read<A>(t.pointer<const void>(P::kStates + k), run, at_once, s[k]);
+    if constexpr ((Parts & kOfLastG) != 0 && !Given) read<A>(t.pointer<const void>(P::kLastGrad), run, at_once, last_g);
+    with_type<A>(t.type(), [&](auto type) {
+      using T = typename decltype(type)::type;
+      if constexpr ((Parts & kOfW) != 0) read<T>(t.pointer<const void>(P::kParam), run, at_once, w);
+      if constexpr ((Parts & kOfG) != 0) read<T>(t.pointer<const void>(P::kGrad), run, grad_at_once, g);
+      if constexpr ((Parts & kOfLastG) != 0 && Given)
+        read<T>(t.pointer<const void>(P::kLastGrad), run, at_once, last_g);
+      if constexpr ((Parts & kOfLastW) != 0) read<T>(t.pointer<const void>(P::kLastParam), run, at_once, last_w);
+    });
   }
 };
 
-// The prepared values of a step, where the first thread leaves them for the others.
+// The thread that prepares the step before: of another warp than the first.
+constexpr int kSecond = 32;
+
+// The prepared values of a step, where one thread leaves them for the others.
 template <class R, class A, Mask S>
 struct PreparedStep {
   using P = Prepared<R, A, S>;
@@ -74,29 +95,36 @@ struct Update {
   static constexpr int kThreads = cuda::kThreads;
   struct Shared {
     PreparedStep<R, A, 0> now, last;
+    bool ok, pending, counts;
   };
 
   template <class Team>
   HX_FN static void block(const Launch& launch, int block, Shared& shared, const Team& team) {
     constexpr bool deferred = (Keep & kDeferred) != 0;
+    const Chunk chunk(launch, block);
     team.each([&](int thread) {
-      if (thread != 0) return;
-      const Chunk chunk(launch, block, int(R::hypers.size()));
-      if (!chunk.ok) return;
-      shared.now.set(chunk.used, double(chunk.step + 1));
-      if (deferred && chunk.pending) shared.last.set(chunk.previous, double(chunk.step));
+      if (thread != 0 && thread != kSecond) return;
+      const Status status(launch, chunk.entry, int(R::hypers.size()));
+      if (thread == 0) {
+        shared.ok = status.ok;
+        if (status.ok) shared.now.set(status.used, double(status.step + 1));
+      } else {
+        shared.pending = deferred && status.ok && status.pending;
+        if (shared.pending) shared.last.set(status.previous, double(status.step));
+      }
     });
     team.each([&](int thread) {
-      const Chunk chunk(launch, block, int(R::hypers.size()));
-      if (!chunk.ok) return;
-      const bool pending = deferred && chunk.pending;
+      if (thread == 0) shared.counts = is_to_count(team, launch);
+      if (!shared.ok) return;
+      const bool pending = deferred && shared.pending;
       const auto p = shared.now.get();
       const auto last = pending ? shared.last.get() : p;
-      chunk.each_run(thread, kThreads, [&](std::int64_t i, int n, bool whole) {
+      const double scale = scale_of(launch);
+      chunk.each_run(thread, kThreads, [&](const Run& run) {
         Tile<R, A> tile;
-        const auto x = tile.elements(chunk.scale);
-        tile.template load<kOfW | kOfG | kOfS>(chunk.entry, i, n, whole);
-        if (pending) tile.template load<parts_of(Keep & kGrad)>(chunk.entry, i, n, whole);
+        const auto x = tile.elements(scale);
+        tile.template load<kOfW | kOfG | kOfS>(chunk.entry, run);
+        if (pending) tile.template load<parts_of(Keep & kGrad)>(chunk.entry, run);
         HX_UNROLL
         for (int j = 0; j < kVector; ++j) {
           if (pending)
@@ -104,10 +132,10 @@ struct Update {
           else
             make_step<R, Keep>(p, x, j, x.state(j));
         }
-        tile.template store<kOfW | kOfS | parts_of(Keep)>(chunk.entry, i, n, whole);
+        tile.template store<kOfW | kOfS | parts_of(Keep)>(chunk.entry, run);
       });
     });
-    count_steps<kThreads>(team, launch);
+    if (shared.counts) count_steps<kThreads>(team, launch);
   }
 };
 
@@ -120,35 +148,41 @@ struct Norms {
     PreparedStep<R, A, 0> now, last;
     double unit[kMaxHypers];
     double values[kColumns * kThreads];
+    bool ok, pending, last_block;
   };
 
   template <class Team>
   HX_FN static void block(const Launch& launch, int block, Shared& shared, const Team& team) {
+    const Chunk chunk(launch, block);
     team.each([&](int thread) {
-      if (thread != 0) return;
-      const Chunk chunk(launch, block, int(R::hypers.size()));
-      // The values in use, but an lr of 1: one so large that the update would overflow can be lowered, too.
+      if (thread != 0 && thread != kSecond) return;
       constexpr int hypers = int(R::hypers.size()), lr = index_of<R>("lr");
-      for (int i = 0; i < hypers; ++i) shared.unit[i] = i == lr ? 1.0 : chunk.used[i];
-      if (!chunk.ok) return;
-      shared.now.set(shared.unit, double(chunk.step + 1));
-      if (Deferred && chunk.pending) shared.last.set(chunk.previous, double(chunk.step));
+      const Status status(launch, chunk.entry, hypers);
+      if (thread == 0) {
+        shared.ok = status.ok;
+        // The values in use, but an lr of 1: one so large that the update would overflow can be lowered, too.
+        for (int i = 0; i < hypers; ++i) shared.unit[i] = i == lr ? 1.0 : status.used[i];
+        if (status.ok) shared.now.set(shared.unit, double(status.step + 1));
+      } else {
+        shared.pending = Deferred && status.ok && status.pending;
+        if (shared.pending) shared.last.set(status.previous, double(status.step));
+      }
     });
     team.each([&](int thread) {
-      const Chunk chunk(launch, block, int(R::hypers.size()));
-      const bool pending = Deferred && chunk.pending;
       A changes = A(0), params = A(0);
-      if (chunk.ok) {
+      if (shared.ok) {
+        const bool pending = Deferred && shared.pending;
         const auto p = shared.now.get();
         const auto last = pending ? shared.last.get() : p;
-        chunk.each_run(thread, kThreads, [&](std::int64_t i, int n, bool whole) {
+        const double scale = scale_of(launch);
+        chunk.each_run(thread, kThreads, [&](const Run& run) {
           Tile<R, A> tile;
-          const auto x = tile.elements(chunk.scale);
-          tile.template load<kOfW | kOfG | kOfS>(chunk.entry, i, n, whole);
-          if (pending) tile.template load<kOfLastG>(chunk.entry, i, n, whole);
+          const auto x = tile.elements(scale);
+          tile.template load<kOfW | kOfG | kOfS>(chunk.entry, run);
+          if (pending) tile.template load<kOfLastG>(chunk.entry, run);
           HX_UNROLL
           for (int j = 0; j < kVector; ++j) {
-            if (j >= n) continue;
+            if (j >= run.n) continue;
             const A w = x.param(j).value;
             const A delta = pending ? coming_change<R>(p, x, j, advance<R>(last, x.last_grad(j), x.state(j)))
                                     : coming_change<R>(p, x, j, x.state(j));
@@ -159,9 +193,9 @@ struct Norms {
       }
       shared.values[thread] = double(changes);
       shared.values[kThreads + thread] = double(params);
-      shared.values[2 * kThreads + thread] = thread == 0 && chunk.ok ? double(chunk.count) : 0.0;
+      shared.values[2 * kThreads + thread] = thread == 0 && shared.ok ? double(chunk.count) : 0.0;
     });
-    finish_sums<kThreads, kColumns>(team, shared.values, launch, block);
+    finish_sums<kThreads, kColumns>(team, shared.values, shared.last_block, launch, block);
   }
 };
 
@@ -170,43 +204,50 @@ struct TracedUpdate {
   static constexpr int kThreads = cuda::kThreads;
   struct Shared {
     PreparedStep<R, A, S> now;
+    A keep;
+    bool ok, counts;
   };
 
   template <class Team>
   HX_FN static void block(const Launch& launch, int block, Shared& shared, const Team& team) {
+    const Chunk chunk(launch, block);
     team.each([&](int thread) {
       if (thread != 0) return;
-      const Chunk chunk(launch, block, int(R::hypers.size()));
-      if (chunk.ok) shared.now.set(chunk.used, double(chunk.step + 1));
+      const Status status(launch, chunk.entry, int(R::hypers.size()));
+      shared.ok = status.ok;
+      shared.keep = keep_of<A>(launch, status.step);
+      if (status.ok) shared.now.set(status.used, double(status.step + 1));
     });
     team.each([&](int thread) {
-      const Chunk chunk(launch, block, int(R::hypers.size()));
-      if (!chunk.ok) return;
+      if (thread == 0) shared.counts = is_to_count(team, launch);
+      if (!shared.ok) return;
       const auto p = shared.now.get();
-      const A keep = keep_of<A>(launch, chunk.step);
-      chunk.each_run(thread, kThreads, [&](std::int64_t i, int n, bool whole) {
+      const A keep = shared.keep;
+      const double scale = scale_of(launch);
+      chunk.each_run(thread, kThreads, [&](const Run& run) {
         Tile<R, A> tile;
-        const auto x = tile.elements(chunk.scale);
-        tile.template load<kOfW | kOfG | kOfS>(chunk.entry, i, n, whole);
+        const auto x = tile.elements(scale);
+        tile.template load<kOfW | kOfG | kOfS>(chunk.entry, run);
         A tangents[count(S)][kVector];
         HX_UNROLL
         for (int j = 0; j < kVector; ++j) {
           const auto delta = make_traced_step<R>(p, x, j);
           each_direction<S>([&](auto d) { tangents[position(S, d)][j] = delta.template tangent<d>(); });
         }
-        tile.template store<kOfW | kOfS>(chunk.entry, i, n, whole);
+        tile.template store<kOfW | kOfS>(chunk.entry, run);
+        const bool at_once = run.whole && chunk.entry.aligned();
         each_direction<S>([&](auto d) {
           A* const trace = chunk.entry.template pointer<A>(Pointer::kStates + int(R::state.size()) + d);
           if (trace == nullptr) return;  // compiled for more than is learned
           A z[kVector];
-          read<A>(trace, i, n, whole, z);
+          read<A>(trace, run, at_once, z);
           HX_UNROLL
           for (int j = 0; j < kVector; ++j) z[j] = keep * z[j] + tangents[position(S, d)][j];
-          write<A>(z, trace, i, n, whole);
+          write<A>(z, trace, run, at_once);
         });
       });
     });
-    count_steps<kThreads>(team, launch);
+    if (shared.counts) count_steps<kThreads>(team, launch);
   }
 };
 
@@ -215,26 +256,28 @@ struct Settle {
   static constexpr int kThreads = cuda::kThreads;
   struct Shared {
     PreparedStep<R, A, 0> last;
+    bool pending;
   };
 
   template <class Team>
   HX_FN static void block(const Launch& launch, int block, Shared& shared, const Team& team) {
+    const Chunk chunk(launch, block);
     team.each([&](int thread) {
       if (thread != 0) return;
-      const Chunk chunk(launch, block, int(R::hypers.size()));
-      if (chunk.ok && chunk.pending) shared.last.set(chunk.previous, double(chunk.step));
+      const Status status(launch, chunk.entry, int(R::hypers.size()));
+      shared.pending = status.ok && status.pending;
+      if (shared.pending) shared.last.set(status.previous, double(status.step));
     });
     team.each([&](int thread) {
-      const Chunk chunk(launch, block, int(R::hypers.size()));
-      if (!chunk.ok || !chunk.pending) return;
+      if (!shared.pending) return;
       const auto last = shared.last.get();
-      chunk.each_run(thread, kThreads, [&](std::int64_t i, int n, bool whole) {
+      chunk.each_run(thread, kThreads, [&](const Run& run) {
         Tile<R, A> tile;
-        const auto x = tile.elements(chunk.scale);
-        tile.template load<kOfS | kOfLastG>(chunk.entry, i, n, whole);
+        const auto x = tile.elements(1.0);
+        tile.template load<kOfS | kOfLastG>(chunk.entry, run);
         HX_UNROLL
         for (int j = 0; j < kVector; ++j) x.set_state(j, advance<R>(last, x.last_grad(j), x.state(j)));
-        tile.template store<kOfS>(chunk.entry, i, n, whole);
+        tile.template store<kOfS>(chunk.entry, run);
       });
     });
   }
@@ -253,28 +296,31 @@ struct Hypergradient {
   struct Shared {
     PreparedStep<R, A, S> now;
     double values[kColumns * kThreads];
+    bool recorded, last_block;
   };
   static constexpr unsigned kParts = kOfG | kOfS | (Given ? kOfLastG | kOfLastW : parts_of(RecordOf<R, S>));
 
   template <class Team>
   HX_FN static void block(const Launch& launch, int block, Shared& shared, const Team& team) {
+    const Chunk chunk(launch, block);
     team.each([&](int thread) {
       if (thread != 0) return;
-      const Chunk chunk(launch, block, int(R::hypers.size()));
-      if (Given || chunk.recorded) shared.now.set(chunk.used, double(chunk.step));
+      const Status status(launch, chunk.entry, int(R::hypers.size()));
+      shared.recorded = Given || status.recorded;
+      if (shared.recorded) shared.now.set(status.used, double(status.step));
     });
     team.each([&](int thread) {
-      const Chunk chunk(launch, block, int(R::hypers.size()));
       A products[kLearned] = {}, squares[kLearned] = {}, square = A(0);
-      if (Given || chunk.recorded) {
+      const double scale = scale_of(launch);
+      if (shared.recorded) {
         const auto p = shared.now.get();
-        chunk.each_run(thread, kThreads, [&](std::int64_t i, int n, bool whole) {
+        chunk.each_run(thread, kThreads, [&](const Run& run) {
           Tile<R, A, Given> tile;
-          const auto x = tile.elements(chunk.scale);
-          tile.template load<kParts>(chunk.entry, i, n, whole);
+          const auto x = tile.elements(scale);
+          tile.template load<kParts>(chunk.entry, run);
           HX_UNROLL
           for (int j = 0; j < kVector; ++j) {
-            if (j >= n) continue;
+            if (j >= run.n) continue;
             const auto delta = last_change<R, S, Given>(p, x, j);
             const A upstream = x.grad(j).value;
             each_direction<S>([&](auto d) {
@@ -286,11 +332,11 @@ struct Hypergradient {
           }
         });
       } else if constexpr (!Given) {
-        chunk.each_run(thread, kThreads, [&](std::int64_t i, int n, bool whole) {
+        chunk.each_run(thread, kThreads, [&](const Run& run) {
           Tile<R, A> tile;
-          tile.template load<kOfG>(chunk.entry, i, n, whole);
+          tile.template load<kOfG>(chunk.entry, run);
           HX_UNROLL
-          for (int j = 0; j < kVector; ++j) square += (A(chunk.scale) * tile.g[j]) * (A(chunk.scale) * tile.g[j]);
+          for (int j = 0; j < kVector; ++j) square += (A(scale) * tile.g[j]) * (A(scale) * tile.g[j]);
         });
       }
       HX_UNROLL
@@ -301,7 +347,7 @@ struct Hypergradient {
         shared.values[2 * kLearned * kThreads + thread] = double(square);
       }
     });
-    finish_sums<kThreads, kColumns>(team, shared.values, launch, block);
+    finish_sums<kThreads, kColumns>(team, shared.values, shared.last_block, launch, block);
   }
 };
 
@@ -314,31 +360,33 @@ struct Vjp {
   struct Shared {
     PreparedStep<R, A, S> now;
     double values[kColumns * kThreads];
+    bool last_block;
   };
 
   template <class Team>
   HX_FN static void block(const Launch& launch, int block, Shared& shared, const Team& team) {
+    const Chunk chunk(launch, block);
     team.each([&](int thread) {
       if (thread != 0) return;
-      const Chunk chunk(launch, block, int(R::hypers.size()));
-      shared.now.set(chunk.used, double(chunk.step));
+      const Status status(launch, chunk.entry, int(R::hypers.size()));
+      shared.now.set(status.used, double(status.step));
     });
     team.each([&](int thread) {
-      const Chunk chunk(launch, block, int(R::hypers.size()));
       const auto p = shared.now.get();
       A sums[kColumns] = {};
-      chunk.each_run(thread, kThreads, [&](std::int64_t i, int n, bool whole) {
+      chunk.each_run(thread, kThreads, [&](const Run& run) {
         constexpr int kGradState = Pointer::kStates + kStates, kGradInput = kGradState + kStates;
         Tile<R, A, true> tile;
         const auto x = tile.elements(1.0);
-        tile.template load<kOfG | kOfS | kOfLastG | kOfLastW>(chunk.entry, i, n, whole);
+        tile.template load<kOfG | kOfS | kOfLastG | kOfLastW>(chunk.entry, run);
+        const bool at_once = run.whole && chunk.entry.aligned();
         A above[kStates + 1][kVector], below[2 + kStates][kVector];
         HX_UNROLL
         for (int k = 0; k < kStates; ++k)
-          read<A>(chunk.entry.template pointer<const void>(kGradState + k), i, n, whole, above[k]);
+          read<A>(chunk.entry.template pointer<const void>(kGradState + k), run, at_once, above[k]);
         HX_UNROLL
         for (int j = 0; j < kVector; ++j) {
-          if (j >= n) continue;
+          if (j >= run.n) continue;
           pull_back<R>(
               p, x, j, [&](int k) { return above[k][j]; }, [&](int k, A value) { below[k][j] = value; },
               [&](int k, A value) { sums[k] += value; });
@@ -346,13 +394,13 @@ struct Vjp {
         HX_UNROLL
         for (int k = 0; k < 2 + kStates; ++k) {
           void* const wanted = chunk.entry.template pointer<void>(kGradInput + k);
-          if (wanted != nullptr) write<A>(below[k], wanted, i, n, whole);
+          if (wanted != nullptr) write<A>(below[k], wanted, run, at_once);
         }
       });
       HX_UNROLL
       for (int k = 0; k < kColumns; ++k) shared.values[k * kThreads + thread] = double(sums[k]);
     });
-    finish_sums<kThreads, kColumns>(team, shared.values, launch, block);
+    finish_sums<kThreads, kColumns>(team, shared.values, shared.last_block, launch, block);
   }
 };
 

@@ -6,8 +6,9 @@
 //   Shared                                      what they share
 //   block(arguments, block, shared, team)       what a block does, in phases: team.each(f) calls f(thread) for each of its
 //                                               threads, and all are through before it returns to any of them;
-//                                               team.is_last(arrived, blocks) is true for the last one of so many blocks
-//                                               that ask, which sees all that the others wrote before
+//                                               team.is_last(arrived, blocks), called by one thread, is true for the
+//                                               last of so many blocks that ask: what the others did before they asked
+//                                               is done
 //
 // so that nvcc makes a kernel of it, and any C++ compiler a loop over blocks and threads (the tests run that one).
 #pragma once
@@ -39,10 +40,10 @@ namespace cuda {
 constexpr int kVector = 4;
 constexpr int kThreads = 256;
 
-// Elements of a chunk, which a block takes: fewer where there are few in all, so that every multiprocessor has work. By
-// their number alone, so that sums are the same on every GPU.
+// Elements of a chunk, which a block takes: fewer where there are few in all, so that every multiprocessor has work, and
+// that all blocks run at once. By their number alone, so that sums are the same on every GPU.
 constexpr std::int64_t chunk_of(std::int64_t elements) {
-  constexpr std::int64_t kLeast = kThreads * kVector, kMost = 8 * kLeast, kBlocks = 512;
+  constexpr std::int64_t kLeast = kThreads * kVector, kMost = 8 * kLeast, kBlocks = 256;
   const std::int64_t share = (elements / kBlocks + kLeast - 1) / kLeast * kLeast;
   return share < kLeast ? kLeast : share > kMost ? kMost : share;
 }
@@ -60,15 +61,16 @@ struct DeviceTeam {
   }
   // `arrived` is 0 before the first one and after the last.
   __device__ __forceinline__ bool is_last(unsigned* arrived, unsigned blocks) const {
-    __shared__ bool last;
-    if (threadIdx.x == 0) {
-      __threadfence();
-      last = atomicInc(arrived, blocks - 1) == blocks - 1;
-      __threadfence();
-    }
-    __syncthreads();
+    if (blocks == 1) return true;
+    fence();
+    const bool last = atomicInc(arrived, blocks - 1) == blocks - 1;
+    if (last) fence();
     return last;
   }
+
+ private:
+  // __threadfence() would be one of sequential consistency, which takes longer.
+  __device__ static void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 };
 
 // At least one block at a time: without that word, ptxas spills a register here and there to fit more of them.
@@ -146,13 +148,14 @@ void launch(const Arguments& arguments, std::int64_t blocks, void*) {
 enum Word : int {
   kCount,   // elements
   kPlace,   // its first chunk in this launch, and, 32 bits up, its row of the tower
-  kFormat,  // ScalarType of the parameter, and kAligned; 32 bits up, in how many chunks of the pass the row has a part
-  kSpan,    // the first of these, and, 32 bits up, the one after the last
+  kFormat,  // ScalarType of the parameter, kAligned, kGradAligned
+  kSpan,    // of the chunks of its row, which are consecutive, the first and, 32 bits up, the one after the last
   kStep,    // int64*: updates made
   kTick,    // int64*: the tower's tick at which the last one was made
   kPointers
 };
-constexpr std::uint64_t kAligned = 8;  // every run of kVector elements from its start can be read at once
+// Every run of kVector elements from the start can be read at once: of the gradient; of all the others.
+constexpr std::uint64_t kGradAligned = 8, kAligned = 16;
 
 // The pointers, which are those of a Slice: the states follow kStates, then what only some kernels read, traces or grad_state
 // and grad_input.
@@ -162,8 +165,7 @@ struct Pointer {
 
 // What a pass adds up: first over each chunk, then over those of each row.
 struct Sums {
-  double* partial;     // [columns, chunks]: sums over each chunk
-  std::int32_t* rows;  // [chunks]: the row of the tower of each
+  double* partial;  // [columns, chunks]: sums over each chunk
   std::int64_t chunks;
   double* result;  // [rows of the tower, width]
   std::int32_t width;
@@ -197,7 +199,7 @@ struct Launch {
 
 using LaunchFunction = void (*)(const Launch&, std::int64_t blocks, void* stream);
 
-// What one block, or one thread of Count, sees of its tensor.
+// What a block sees of its tensor.
 struct Entry {
   const std::uint64_t* words;
 
@@ -205,11 +207,11 @@ struct Entry {
   HX_FN std::int64_t count() const { return std::int64_t(words[kCount]); }
   HX_FN int first_chunk() const { return int(words[kPlace] & 0xffffffffu); }
   HX_FN int row() const { return int(words[kPlace] >> 32); }
-  HX_FN unsigned row_chunks() const { return unsigned(words[kFormat] >> 32); }
   HX_FN int row_begin() const { return int(words[kSpan] & 0xffffffffu); }
   HX_FN int row_end() const { return int(words[kSpan] >> 32); }
-  HX_FN ScalarType type() const { return ScalarType(words[kFormat] & (kAligned - 1)); }
+  HX_FN ScalarType type() const { return ScalarType(words[kFormat] & (kGradAligned - 1)); }
   HX_FN bool aligned() const { return (words[kFormat] & kAligned) != 0; }
+  HX_FN bool grad_aligned() const { return (words[kFormat] & kGradAligned) != 0; }
   HX_FN std::int64_t& step() const { return *reinterpret_cast<std::int64_t*>(words[kStep]); }
   HX_FN std::int64_t& tick() const { return *reinterpret_cast<std::int64_t*>(words[kTick]); }
   template <class T>
@@ -231,40 +233,57 @@ HX_FN int tensor_of(const Launch& launch, int chunk) {
   return low;
 }
 
-// A chunk, and how its tensor stands to the tower.
+// A run of elements from i that a thread takes; whole: n is kVector.
+struct Run {
+  std::int64_t i;
+  int n;
+  bool whole;
+};
+
+// What a block works on.
 struct Chunk {
   Entry entry;
   std::int64_t begin, count;
-  const double *header, *used, *previous;
+
+  HX_FN Chunk(const Launch& launch, int block) : entry(launch, tensor_of(launch, block)) {
+    begin = std::int64_t(block - entry.first_chunk()) * launch.chunk;
+    count = entry.count() - begin < launch.chunk ? entry.count() - begin : launch.chunk;
+  }
+
+  // f(run) for the runs of a thread.
+  template <class F>
+  HX_FN void each_run(int thread, int threads, F&& f) const {
+    for (std::int64_t at = std::int64_t(thread) * kVector; at < count; at += std::int64_t(threads) * kVector) {
+      const int n = int(count - at < kVector ? count - at : kVector);
+      f(Run{begin + at, n, n == kVector});
+    }
+  }
+};
+
+// What gradients are multiplied by.
+HX_FN double scale_of(const Launch& launch) {
+  return launch.grad_scale == nullptr ? launch.scale : launch.scale / double(*launch.grad_scale);
+}
+
+// How a tensor stands to the tower. An update is free to count the step once all threads that read this are through.
+struct Status {
+  const double *used, *previous;
   std::int64_t step;
-  double scale;   // what gradients are multiplied by
   bool ok;        // level 0 moves in this step
   bool recorded;  // its last update was made at the tower's present tick
   bool pending;   // or at the one before
   bool known;     // or at some tick
 
-  HX_FN Chunk(const Launch& launch, int block, int hypers) : entry(launch, tensor_of(launch, block)) {
-    begin = std::int64_t(block - entry.first_chunk()) * launch.chunk;
-    count = entry.count() - begin < launch.chunk ? entry.count() - begin : launch.chunk;
-    header = launch.header(entry.row());
+  HX_FN Status(const Launch& launch, const Entry& entry, int hypers) {
+    const double* const header = launch.header(entry.row());
     used = header + kHeader;
     previous = used + hypers;
     step = entry.step();
-    scale = launch.grad_scale == nullptr ? launch.scale : launch.scale / double(*launch.grad_scale);
     const double tick = double(entry.tick()), ticks = header[kTicks];
     ok = header[kOk] != 0.0;
     recorded = step > 0 && tick == ticks;
     pending = step > 0 && tick == ticks - 1.0;
     known = tick >= 0.0;
-  }
-
-  // f(i, n, whole) for every run of n elements from i that is the thread's; whole: they can be read at once.
-  template <class F>
-  HX_FN void each_run(int thread, int threads, F&& f) const {
-    for (std::int64_t at = std::int64_t(thread) * kVector; at < count; at += std::int64_t(threads) * kVector) {
-      const int n = int(count - at < kVector ? count - at : kVector);
-      f(begin + at, n, n == kVector && entry.aligned());
-    }
   }
 };
 
@@ -274,6 +293,11 @@ HX_FN A keep_of(const Launch& launch, std::int64_t step) {
   const double part = launch.horizon_growth * double(step + 1);
   return A(1.0 - 1.0 / (part > launch.horizon ? part : launch.horizon));
 }
+
+template <class T>
+struct Type {
+  using type = T;
+};
 
 template <class S>
 struct alignas(kVector * sizeof(S) < 16 ? kVector * sizeof(S) : 16) Vector {
@@ -300,23 +324,24 @@ HX_FN void store(const Vector<S>& from, S* to) {
 #endif
 }
 
+// at_once: it is a whole run, and aligned.
 template <class S, class A>
-HX_FN void read(const void* start, std::int64_t i, int n, bool whole, A (&to)[kVector]) {
-  const S* const from = static_cast<const S*>(start) + i;
-  if (whole) {
+HX_FN void read(const void* start, const Run& run, bool at_once, A (&to)[kVector]) {
+  const S* const from = static_cast<const S*>(start) + run.i;
+  if (at_once) {
     const Vector<S> vector = *reinterpret_cast<const Vector<S>*>(from);
     HX_UNROLL
     for (int j = 0; j < kVector; ++j) to[j] = A(vector.values[j]);
   } else {
     HX_UNROLL
-    for (int j = 0; j < kVector; ++j) to[j] = j < n ? A(from[j]) : A(0);
+    for (int j = 0; j < kVector; ++j) to[j] = j < run.n ? A(from[j]) : A(0);
   }
 }
 
 template <class S, class A>
-HX_FN void write(const A (&from)[kVector], void* start, std::int64_t i, int n, bool whole) {
-  S* const to = static_cast<S*>(start) + i;
-  if (whole) {
+HX_FN void write(const A (&from)[kVector], void* start, const Run& run, bool at_once) {
+  S* const to = static_cast<S*>(start) + run.i;
+  if (at_once) {
     Vector<S> vector;
     HX_UNROLL
     for (int j = 0; j < kVector; ++j) vector.values[j] = S(from[j]);
@@ -324,157 +349,21 @@ HX_FN void write(const A (&from)[kVector], void* start, std::int64_t i, int n, b
   } else {
     HX_UNROLL
     for (int j = 0; j < kVector; ++j)
-      if (j < n) to[j] = S(from[j]);
+      if (j < run.n) to[j] = S(from[j]);
   }
 }
 
-// The same for tensors of the parameter's dtype, which a kernel learns at run time: it is compiled for the arithmetic types.
-template <class A>
-HX_FN void read(ScalarType type, const void* start, std::int64_t i, int n, bool whole, A (&to)[kVector]) {
+// f(Type<T>()) for the type of a parameter, which a kernel learns at run time: it is compiled for the arithmetic types.
+template <class A, class F>
+HX_FN void with_type(ScalarType type, F&& f) {
   if constexpr (sizeof(A) == 8)
-    read<double>(start, i, n, whole, to);
+    f(Type<double>());
   else if (type == kFloat)
-    read<float>(start, i, n, whole, to);
+    f(Type<float>());
   else if (type == kHalf)
-    read<c10::Half>(start, i, n, whole, to);
+    f(Type<c10::Half>());
   else
-    read<c10::BFloat16>(start, i, n, whole, to);
-}
-
-template <class A>
-HX_FN void write(ScalarType type, const A (&from)[kVector], void* start, std::int64_t i, int n, bool whole) {
-  if constexpr (sizeof(A) == 8)
-    write<double>(from, start, i, n, whole);
-  else if (type == kFloat)
-    write<float>(from, start, i, n, whole);
-  else if (type == kHalf)
-    write<c10::Half>(from, start, i, n, whole);
-  else
-    write<c10::BFloat16>(from, start, i, n, whole);
-}
-
-// Adds values [Columns][Threads] up over the threads, in a fixed order; folded() has the sum of a column then.
-constexpr int kParts = 16;  // sums of every 16th value: neighbouring threads read from different banks
-
-template <int Threads, int Columns, class Team>
-HX_FN void fold(const Team& team, double* values) {
-  static_assert(Columns <= Threads);
-  team.each([&](int thread) {
-    HX_UNROLL_BY(1)  // the registers of a kernel are those of its hungriest phase, and this one has the least to do
-    for (int q = thread; q < Columns * kParts; q += Threads) {
-      double* const part = values + q / kParts * Threads + q % kParts;
-      double sum = 0.0;
-      HX_UNROLL_BY(4)
-      for (int j = 0; j < Threads; j += kParts) sum += part[j];
-      part[0] = sum;
-    }
-  });
-}
-
-template <int Threads>
-HX_FN double folded(const double* values, int column) {
-  double sum = 0.0;
-  HX_UNROLL_BY(4)
-  for (int part = 0; part < kParts; ++part) sum += values[column * Threads + part];
-  return sum;
-}
-
-// The values [Columns][Threads] of a block to those columns of `partial` that place(column) names.
-template <int Threads, int Columns, class Team, class F>
-HX_FN void sum_chunk(const Team& team, double* values, const Launch& launch, int block, F&& place) {
-  fold<Threads, Columns>(team, values);
-  team.each([&](int thread) {
-    const int chunk = launch.first_chunk + block;
-    if (thread == 0) launch.sums.rows[chunk] = Entry(launch, tensor_of(launch, block)).row();
-    if (thread < Columns)
-      launch.sums.partial[place(thread) * launch.sums.chunks + chunk] = folded<Threads>(values, thread);
-  });
-}
-
-// The column of `partial` that a number of the result is the sum of; -1: it is 0.
-HX_FN int source_of(const Sums& sums, int column) {
-  if (sums.hypers < 0) return column;
-  const int learned = count(sums.set), hyper = column % sums.hypers;
-  if (column == 2 * sums.hypers) return 2 * learned;
-  if ((sums.learn & bit(hyper)) == 0) return -1;
-  return position(sums.set, hyper) + (column < sums.hypers ? 0 : learned);
-}
-
-// Adds the chunks of a row up, which are among those from `begin` to `end`: so many columns of them, from `first`. `values`
-// has room for a number of each thread.
-template <int Threads, class Team>
-HX_FN void add_chunks(const Team& team, double* values, const Sums& sums, int row, int begin, int end, int first,
-                      int columns) {
-  const int lanes = Threads / columns, parts = lanes < kParts ? lanes : kParts;
-  team.each([&](int thread) {
-    if (thread >= columns * lanes) return;
-    const double* const partial = sums.partial + (first + thread / lanes) * sums.chunks;
-    double sum = 0.0;
-    HX_UNROLL_BY(8)  // both are read, whatever the row is, so that many reads are under way at once
-    for (int chunk = begin + thread % lanes; chunk < end; chunk += lanes) {
-      const double part = partial[chunk];
-      sum += sums.rows[chunk] == row ? part : 0.0;
-    }
-    values[thread] = sum;
-  });
-  team.each([&](int thread) {
-    for (int q = thread; q < columns * parts; q += Threads) {
-      double* const part = values + q / parts * lanes + q % parts;
-      double sum = 0.0;
-      HX_UNROLL_BY(4)
-      for (int j = 0; j < lanes - q % parts; j += parts) sum += part[j];
-      part[0] = sum;
-    }
-  });
-  team.each([&](int thread) {
-    for (int column = thread; column < sums.width; column += Threads) {
-      const int source = source_of(sums, column), place = source - first;
-      double& result = sums.result[std::int64_t(row) * sums.width + column];
-      if (source < 0 && first == 0) result = 0.0;
-      if (place < 0 || place >= columns) continue;
-      double sum = 0.0;
-      for (int part = 0; part < parts; ++part) sum += values[place * lanes + part];
-      result = sum;
-    }
-  });
-}
-
-// After sum_chunk(): the last block of a row adds its chunks up.
-template <int Threads, class Team>
-HX_FN void sum_row(const Team& team, double* values, const Launch& launch, int block) {
-  const Entry entry(launch, tensor_of(launch, block));
-  if (!launch.adds_up || !team.is_last(launch.arrived(entry.row()), entry.row_chunks())) return;
-  add_chunks<Threads>(team, values, launch.sums, entry.row(), entry.row_begin(), entry.row_end(), 0,
-                      launch.sums.columns);
-}
-
-// At the end of a kernel with `Columns` sums of each chunk.
-template <int Threads, int Columns, class Team>
-HX_FN void finish_sums(const Team& team, double* values, const Launch& launch, int block) {
-  sum_chunk<Threads, Columns>(team, values, launch, block, [](int column) { return column; });
-  sum_row<Threads>(team, values, launch, block);
-}
-
-// f(entry, header of its row) for every tensor of a launch, by one block.
-template <class F>
-HX_FN void each_tensor(const Launch& launch, int thread, int threads, F&& f) {
-  for (int tensor = thread; tensor < launch.tensors; tensor += threads) {
-    const Entry entry(launch, tensor);
-    f(entry, launch.header(entry.row()));
-  }
-}
-
-// At the end of an update: its last block counts the step of every tensor. No block before it reads these any more.
-template <int Threads, class Team>
-HX_FN void count_steps(const Team& team, const Launch& launch) {
-  if (!launch.counts || !team.is_last(launch.arrived(0), unsigned(launch.blocks))) return;
-  team.each([&](int thread) {
-    each_tensor(launch, thread, Threads, [](const Entry& entry, const double* header) {
-      if (header[kOk] == 0.0) return;
-      entry.step() += 1;
-      entry.tick() = std::int64_t(header[kTicks]);
-    });
-  });
+    f(Type<c10::BFloat16>());
 }
 
 // The arguments of a kernel of the towers, a block each.

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "launch.h"
@@ -54,15 +55,15 @@ int arithmetic_of(ScalarType type) {
   return type == kDouble ? 1 : 0;
 }
 
-bool is_aligned(const Slice& slice, ScalarType type, std::size_t states) {
+// kAligned and kGradAligned.
+std::uint64_t alignment_of(const Slice& slice, ScalarType type, std::size_t states) {
   const std::uintptr_t narrow = type == kHalf || type == kBFloat16 ? kVector * 2 : 16;
   const auto at = [](const void* p, std::uintptr_t bytes) { return reinterpret_cast<std::uintptr_t>(p) % bytes == 0; };
-  bool aligned =
-      at(slice.param, narrow) && at(slice.grad, narrow) && at(slice.last_param, narrow) && at(slice.last_grad, 16);
+  bool aligned = at(slice.param, narrow) && at(slice.last_param, narrow) && at(slice.last_grad, 16);
   for (std::size_t k = 0; k < states; ++k) aligned = aligned && at(slice.state[k], 16) && at(slice.grad_state[k], 16);
   for (const void* trace : slice.trace) aligned = aligned && at(trace, 16);
   for (const void* grad : slice.grad_input) aligned = aligned && at(grad, 16);
-  return aligned;
+  return (aligned ? kAligned : 0) | (at(slice.grad, narrow) ? kGradAligned : 0);
 }
 
 std::int64_t elements_of(at::TensorList tensors) {
@@ -71,8 +72,8 @@ std::int64_t elements_of(at::TensorList tensors) {
   return elements;
 }
 
-// Of so many chunks, the last block of a pass adds the sums up in the time of a launch or two.
-constexpr std::int64_t kFewChunks = 2048;
+// The last block of a row adds up as many chunks as fast as another launch would.
+constexpr std::int32_t kFewChunks = 2048;
 
 // What the kernels read beyond the states.
 enum Extra { kNone, kTraces, kCotangents };
@@ -88,6 +89,7 @@ class Batch {
         tower_(tower),
         rows_(std::size_t(tower.size(0))) {
     counters_.reserve(params.size());
+    first_chunks_.reserve(params.size());
     common_.chunk = std::int32_t(chunks_.size());
     common_.tower = tower.mutable_data_ptr<double>();
     common_.width = tower.size(1);
@@ -107,20 +109,19 @@ class Batch {
     common_.horizon = pass.horizon, common_.horizon_growth = pass.horizon_growth;
     common_.scale = pass.scale, common_.learn = pass.learn;
     common_.grad_scale = pass.grad_scale ? pass.grad_scale->const_data_ptr<float>() : nullptr;
-    for (std::size_t i = 0; i < pass.params.size(); ++i)
-      add(item_for(chunks_, rule, pass, i, written), pass.steps[i], pass.ticks[i]);
+    for (std::size_t i : by_row(pass)) add(item_for(chunks_, rule, pass, i, written), pass.steps[i], pass.ticks[i]);
   }
 
   Chunks& chunks() { return chunks_; }
   void finish() { chunks_.finish(); }
 
   void add(const Item& item, const at::Tensor& step, const at::Tensor& tick) {
-    const auto begin = std::uint32_t(chunks_.chunks().size());
-    chunks_.add(item);
     Row& row = rows_[std::size_t(item.row)];
-    if (row.chunks == 0) row.begin = begin;
-    row.end = std::uint32_t(chunks_.chunks().size());
-    row.chunks += row.end - begin;
+    if (row.end == 0) row.begin = chunk_count_;
+    first_chunks_.push_back(chunk_count_);
+    chunk_count_ += std::int32_t(chunks_.count(item));
+    row.end = chunk_count_;
+    chunks_.add(item);
     counters_.push_back({step.mutable_data_ptr<std::int64_t>(), tick.mutable_data_ptr<std::int64_t>()});
   }
 
@@ -140,7 +141,7 @@ class Batch {
 
   // float64 [rows of the tower, width] for sum(). A row without tensors is 0, but for its last number.
   at::Tensor new_result(int width, double absent) const {
-    const bool all = std::all_of(rows_.begin(), rows_.end(), [](const Row& row) { return row.chunks > 0; });
+    const bool all = std::all_of(rows_.begin(), rows_.end(), [](const Row& row) { return row.end > 0; });
     if (all) return at::empty({tower_.size(0), width}, tower_.options());
     at::Tensor result = at::zeros({tower_.size(0), width}, tower_.options());
     result.select(1, width - 1).fill_(absent);
@@ -150,19 +151,16 @@ class Batch {
   // The same for kernels that leave `columns` sums of each chunk, which are added up to `result`. hypers, set: see Sums.
   template <class F>
   void sum(int columns, const at::Tensor& result, int hypers, Mask set, F&& kernel) {
-    const std::int64_t chunks = std::int64_t(chunks_.chunks().size());
-    const at::Tensor partial = at::empty({columns, chunks}, tower_.options());
-    const at::Tensor rows = at::empty({chunks}, tower_.options().dtype(at::kInt));
+    const at::Tensor partial = at::empty({columns, chunk_count_}, tower_.options());
     common_.sums = {partial.mutable_data_ptr<double>(),
-                    rows.mutable_data_ptr<std::int32_t>(),
-                    chunks,
+                    chunk_count_,
                     result.mutable_data_ptr<double>(),
                     std::int32_t(result.size(-1)),
                     columns,
                     hypers,
                     set,
                     common_.learn};
-    common_.adds_up = rows_.size() > 1 || chunks <= kFewChunks;
+    common_.adds_up = rows_.size() > 1 || chunk_count_ <= kFewChunks;
     run(kernel);
     if (common_.adds_up) return;
     sum_chunks(common_.sums, device_.stream());
@@ -178,8 +176,17 @@ class Batch {
     std::int64_t *step, *tick;
   };
   struct Row {
-    std::uint32_t chunks = 0, begin = 0, end = 0;  // how many are its own, and among which
+    std::int32_t begin = 0, end = 0;  // its chunks; none: 0, 0
   };
+
+  // The parameters of a row follow each other.
+  static std::vector<std::size_t> by_row(const Pass& pass) {
+    std::vector<std::size_t> order(pass.params.size());
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](std::size_t i, std::size_t j) { return row_of(pass, i) < row_of(pass, j); });
+    return order;
+  }
 
   // f(launch, arithmetic): as many tensors at once as fit, those of one arithmetic at a time.
   template <class F>
@@ -193,18 +200,14 @@ class Batch {
         HX_CHECK_LAUNCH();
         launch.tensors = launch.blocks = 0;
       };
-      std::size_t chunk = 0;
       for (std::size_t i = 0; i < chunks_.items().size(); ++i) {
-        const std::size_t first = chunk;
-        while (chunk < chunks_.chunks().size() && chunks_.chunks()[chunk].item == i) ++chunk;
         const Item& item = chunks_.items()[i];
         if (arithmetic_of(item.type) != arithmetic) continue;
-        if (launch.tensors == most || (launch.tensors > 0 && launch.first_chunk + launch.blocks != std::int32_t(first)))
-          flush();
-        if (launch.tensors == 0) launch.first_chunk = std::int32_t(first);
+        if (launch.tensors == most || launch.first_chunk + launch.blocks != first_chunks_[i]) flush();
+        if (launch.tensors == 0) launch.first_chunk = first_chunks_[i];
         write(launch.words + launch.tensors * launch.stride, item, counters_[i], std::uint64_t(launch.blocks));
         launch.tensors += 1;
-        launch.blocks += std::int32_t(chunk - first);
+        launch.blocks += std::int32_t(chunks_.count(item));
       }
       flush();
     }
@@ -217,10 +220,9 @@ class Batch {
     const std::size_t states = rule_.state.size();
     words[kCount] = std::uint64_t(slice.count);
     words[kPlace] = first_block | std::uint64_t(item.row) << 32;
+    words[kFormat] = std::uint64_t(item.type) | alignment_of(slice, item.type, states);
     const Row& row = rows_[std::size_t(item.row)];
-    words[kFormat] = std::uint64_t(item.type) | (is_aligned(slice, item.type, states) ? kAligned : 0) |
-                     std::uint64_t(row.chunks) << 32;
-    words[kSpan] = row.begin | std::uint64_t(row.end) << 32;
+    words[kSpan] = std::uint64_t(row.begin) | std::uint64_t(row.end) << 32;
     words[kStep] = word(counters.step);
     words[kTick] = word(counters.tick);
     std::uint64_t* const pointers = words + kPointers;
@@ -243,8 +245,10 @@ class Batch {
   Extra extra_;
   Device device_;
   at::Tensor tower_;
-  std::vector<Counters> counters_;  // of each item
-  std::vector<Row> rows_;           // of the tower, where sums are made
+  std::vector<Counters> counters_;          // of each item
+  std::vector<std::int32_t> first_chunks_;  // of each item
+  std::int32_t chunk_count_ = 0;
+  std::vector<Row> rows_;  // of the tower, where sums are made
   Launch common_{};
 };
 
@@ -371,12 +375,16 @@ void tower(at::TensorList towers, const std::vector<TowerView>& given, at::IntAr
   const Device device(towers[0]);
   void* const stream = device.stream();
   std::vector<TowerView> views = given;
-  std::vector<at::Tensor> scratch;
+  // The host does not know what is learned: a row is wider than that.
+  const auto needed = [](const TowerView& view) { return tower_scratch(view.rows, view.width); };
+  std::int64_t doubles = 0;
+  for (const TowerView& view : views) doubles += needed(view);
+  const at::Tensor scratch = at::empty({doubles}, towers[0].options());
+  double* next = scratch.mutable_data_ptr<double>();
   int top = 0;
   for (TowerView& view : views) {
-    // The host does not know what is learned: a row is wider than that.
-    scratch.push_back(at::empty({tower_scratch(view.rows, view.width)}, towers[0].options()));
-    view.scratch = scratch.back().mutable_data_ptr<double>();
+    view.scratch = next;
+    next += needed(view);
     top = std::max(top, view.levels - 1);
   }
   if (foreign.empty()) return move_levels(views, top, 0, true, stream);

@@ -1,30 +1,43 @@
 // The kernels that no rule changes: norms and traces of tensors, and what closes a pass.
-#include "launch.h"
+#include "sums.h"
 
 namespace hyperopt_ext {
 namespace cuda {
+
+// kVector elements of a gradient, times `scale`.
+template <class A>
+HX_FN void read_grad(const Chunk& chunk, const Run& run, double scale, A (&g)[kVector]) {
+  with_type<A>(chunk.entry.type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    read<T>(chunk.entry.pointer<const void>(Pointer::kGrad), run, run.whole && chunk.entry.grad_aligned(), g);
+  });
+  HX_UNROLL
+  for (int j = 0; j < kVector; ++j) g[j] *= A(scale);
+}
 
 template <class A>
 struct SquaredNorm {
   static constexpr int kThreads = cuda::kThreads;
   struct Shared {
     double values[kThreads];
+    bool last_block;
   };
 
   template <class Team>
   HX_FN static void block(const Launch& launch, int block, Shared& shared, const Team& team) {
-    const Chunk chunk(launch, block, 0);
+    const Chunk chunk(launch, block);
     team.each([&](int thread) {
       A square = A(0);
-      chunk.each_run(thread, kThreads, [&](std::int64_t i, int n, bool whole) {
+      const double scale = scale_of(launch);
+      chunk.each_run(thread, kThreads, [&](const Run& run) {
         A g[kVector];
-        read<A>(chunk.entry.type(), chunk.entry.pointer<const void>(Pointer::kGrad), i, n, whole, g);
+        read_grad(chunk, run, scale, g);
         HX_UNROLL
-        for (int j = 0; j < kVector; ++j) square += (A(chunk.scale) * g[j]) * (A(chunk.scale) * g[j]);
+        for (int j = 0; j < kVector; ++j) square += g[j] * g[j];
       });
       shared.values[thread] = double(square);
     });
-    finish_sums<kThreads, 1>(team, shared.values, launch, block);
+    finish_sums<kThreads, 1>(team, shared.values, shared.last_block, launch, block);
   }
 };
 
@@ -37,38 +50,54 @@ HX_FN int first_extra(const Launch& launch) {
 template <class A>
 struct TraceProducts {
   static constexpr int kThreads = cuda::kThreads;
+  static constexpr int kTogether = 4;  // traces that are read with the gradient
   struct Shared {
-    double values[3 * kThreads];
+    double values[(2 * kTogether + 1) * kThreads];
+    bool last_block;
   };
 
   template <class Team>
   HX_FN static void block(const Launch& launch, int block, Shared& shared, const Team& team) {
-    const Chunk chunk(launch, block, 0);
+    const Chunk chunk(launch, block);
     const int learned = count(launch.learn);
-    for (int k = 0; k < learned; ++k) {
-      const void* const trace = chunk.entry.pointer<const void>(first_extra(launch) + direction(launch.learn, k));
+    for (int first = 0; first < learned; first += kTogether) {
+      const int traces = learned - first < kTogether ? learned - first : kTogether;
       team.each([&](int thread) {
-        A product = A(0), norm = A(0), square = A(0);
-        chunk.each_run(thread, kThreads, [&](std::int64_t i, int n, bool whole) {
-          A g[kVector], z[kVector];
-          read<A>(chunk.entry.type(), chunk.entry.pointer<const void>(Pointer::kGrad), i, n, whole, g);
-          read<A>(trace, i, n, whole, z);
+        A product[kTogether] = {}, norm[kTogether] = {}, square = A(0);
+        const double scale = scale_of(launch);
+        chunk.each_run(thread, kThreads, [&](const Run& run) {
+          A g[kVector], z[kTogether][kVector];
           HX_UNROLL
-          for (int j = 0; j < kVector; ++j) {
-            const A upstream = A(chunk.scale) * g[j];
-            product += upstream * z[j];
-            norm += z[j] * z[j];
-            square += upstream * upstream;
+          for (int k = 0; k < kTogether; ++k) {
+            if (k >= traces) continue;
+            const int hyper = direction(launch.learn, first + k);
+            read<A>(chunk.entry.pointer<const void>(first_extra(launch) + hyper), run,
+                    run.whole && chunk.entry.aligned(), z[k]);
+          }
+          read_grad(chunk, run, scale, g);
+          HX_UNROLL
+          for (int j = 0; j < kVector; ++j) square += g[j] * g[j];
+          HX_UNROLL
+          for (int k = 0; k < kTogether; ++k) {
+            if (k >= traces) continue;
+            HX_UNROLL
+            for (int j = 0; j < kVector; ++j) product[k] += g[j] * z[k][j], norm[k] += z[k][j] * z[k][j];
           }
         });
-        shared.values[thread] = double(product);
-        shared.values[kThreads + thread] = double(norm);
-        shared.values[2 * kThreads + thread] = double(square);
+        HX_UNROLL
+        for (int k = 0; k < kTogether; ++k) {
+          shared.values[k * kThreads + thread] = double(product[k]);
+          shared.values[(kTogether + k) * kThreads + thread] = double(norm[k]);
+        }
+        shared.values[2 * kTogether * kThreads + thread] = double(square);
       });
-      sum_chunk<kThreads, 3>(team, shared.values, launch, block,
-                             [=](int column) { return column == 2 ? 2 * learned : column * learned + k; });
+      sum_chunk<kThreads, 2 * kTogether + 1>(team, shared.values, launch, block, [=](int column) {
+        if (column == 2 * kTogether) return first == 0 ? 2 * learned : -1;
+        const int k = column % kTogether;
+        return k >= traces ? -1 : column / kTogether * learned + first + k;
+      });
     }
-    sum_row<kThreads>(team, shared.values, launch, block);
+    sum_row<kThreads>(team, shared.values, shared.last_block, launch, block);
   }
 };
 
@@ -80,19 +109,21 @@ struct Decay {
 
   template <class Team>
   HX_FN static void block(const Launch& launch, int block, Shared&, const Team& team) {
-    const Chunk chunk(launch, block, 0);
-    if (!chunk.ok || !chunk.known) return;
+    const Chunk chunk(launch, block);
+    const Status status(launch, chunk.entry, 0);
+    if (!status.ok || !status.known) return;
     team.each([&](int thread) {
-      const A keep = keep_of<A>(launch, chunk.step);
+      const A keep = keep_of<A>(launch, status.step);
       for (int k = 0; k < launch.extra; ++k) {
         void* const trace = chunk.entry.pointer<void>(first_extra(launch) + k);
         if (trace == nullptr) continue;
-        chunk.each_run(thread, kThreads, [&](std::int64_t i, int n, bool whole) {
+        chunk.each_run(thread, kThreads, [&](const Run& run) {
+          const bool at_once = run.whole && chunk.entry.aligned();
           A z[kVector];
-          read<A>(trace, i, n, whole, z);
+          read<A>(trace, run, at_once, z);
           HX_UNROLL
           for (int j = 0; j < kVector; ++j) z[j] *= keep;
-          write<A>(z, trace, i, n, whole);
+          write<A>(z, trace, run, at_once);
         });
       }
     });

@@ -494,6 +494,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "every second column": lambda t: torch.stack([t, t], -1).flatten(1)[:, ::2],
     "offset by one": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t),
     "no dimension": lambda t: t[0, 0].clone(),
+    "a dimension of size 1": lambda t: t[0].clone().unsqueeze(1).t(),  # its stride is 1, and means nothing
 }
 
 

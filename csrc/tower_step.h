@@ -405,11 +405,13 @@ HX_FN void cap(const TowerView& tower, std::int64_t row) {
   const LevelRow& r = level.row;
   const double update = std::fabs(r.used[lr]) * std::sqrt(norms[0]), elements = norms[2];
   const double size = std::sqrt(norms[1]), least = kSmallestRms * std::sqrt(elements);
-  const double most = level.settings[kTrust] * (size < least ? least : size);
+  // What is learned would make up for the factor of a warm-up else.
+  const double schedule = tower.header(row)[kScheduled], factor = std::fabs(schedule) < 1.0 ? std::fabs(schedule) : 1.0;
+  const double most = level.settings[kTrust] * factor * (size < least ? least : size);
   if (!(update > most)) return;
   r.used[lr] *= most / update;
   r.bounded[lr] += 1.0;
-  const double allowed = r.used[lr] / tower.header(row)[kScheduled];
+  const double allowed = r.used[lr] / schedule;
   if (!level.learns(lr) || std::fabs(r.live[lr]) <= std::fabs(allowed)) return;
   r.live[lr] = r.seen[lr] = allowed;
   r.x[lr] = coordinate_of(level.space(lr), allowed);

@@ -19,7 +19,7 @@ makes that of a class of your own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -66,8 +66,8 @@ def of(spec: type[Level]) -> Callable[..., tuple[list[Tensor], State]]:
     known, function = spec.structural(), spec.__name__.lower()
 
     def update(
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
+        params: Iterable[Tensor],
+        grads: Iterable[Tensor],
         state: Mapping[str, Sequence[Tensor]] | None,
         hyper: Mapping[str, Tensor],
         step: Tensor,
@@ -97,18 +97,15 @@ def __getattr__(name: str) -> Callable[..., tuple[list[Tensor], State]]:
 
 def _update(
     rule: str,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
+    params: Iterable[Tensor],
+    grads: Iterable[Tensor],
     state: Mapping[str, Sequence[Tensor]] | None,
     hyper: Mapping[str, Tensor],
     step: Tensor,
     detach: bool,
 ) -> tuple[list[Tensor], State]:
     slots, known = RULES[rule]["state"], RULES[rule]["hypers"]
-    for argument, tensors in [("params", params), ("grads", grads)]:
-        if isinstance(tensors, Tensor) or not all(isinstance(t, Tensor) for t in tensors):
-            raise TypeError(f"{argument} must be a list of tensors")
-    params = list(params)
+    params, grads = (_tensors(name, tensors) for name, tensors in [("params", params), ("grads", grads)])
     if state is None:
         state = {name: [_zeros(p) for p in params] for name in slots}
     if sorted(state) != sorted(slots):
@@ -125,9 +122,19 @@ def _update(
         hyper[h["name"]] if h["name"] in hyper else step.new_tensor(h["initial"], dtype=torch.float64) for h in known
     ]
     op = getattr(torch.ops.hyperopt_ext, rule).default
-    outputs = op(params, list(grads), [t for name in slots for t in state[name]], values, step, detach)
+    outputs = op(params, grads, [t for name in slots for t in state[name]], values, step, detach)
     n = len(params)
     return outputs[:n], {name: outputs[n * (k + 1) : n * (k + 2)] for k, name in enumerate(slots)}
+
+
+def _tensors(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
+    if isinstance(tensors, Tensor):
+        raise TypeError(f"{name} must be a list of tensors, not one tensor")
+    tensors = list(tensors)
+    for i, t in enumerate(tensors):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a list of tensors, but {name}[{i}] is {t!r}")
+    return tensors
 
 
 def _zeros(p: Tensor) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 from weakref import WeakValueDictionary
 
@@ -16,7 +18,7 @@ from torch.optim.optimizer import Optimizer
 from hyperopt_ext import _C, distributed
 from hyperopt_ext.export import export
 from hyperopt_ext.stack import RULES, Level, Stack, is_number
-from hyperopt_ext.update import Group, Update, check_policy, is_state, move_towers, new_tower, state_dtype
+from hyperopt_ext.update import Group, Live, Update, check_policy, is_state, move_towers, new_tower, state_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -28,7 +30,20 @@ Loss = TypeVar("Loss")  # what a closure returns: a float, or a tensor
 _UNPRINTED = ("params", "tower", "betas", "optimizer")
 # What a param group holds that load_state_dict() copies into and does not replace.
 _OWN = ("stack", "tower", "optimizer")
+# What a param group may hold beside the arguments of its first level.
+_GROUP_KEYS = {"params", "param_names", "stack", "maximize", "nonfinite", "initial_lr"}
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _warn(text: str) -> None:
+    """Names the caller's line, of the constructor or of add_param_group()."""
+    frame, stacklevel = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
+        "hyperopt_ext",
+        "torch",
+    ):
+        frame, stacklevel = frame.f_back, stacklevel + 1
+    warnings.warn(text, stacklevel=stacklevel)
 
 
 _alive: WeakValueDictionary[str, HyperOptimizer] = WeakValueDictionary()
@@ -122,6 +137,8 @@ class HyperOptimizer(Optimizer):
         nonfinite: str | None = None,
         shard_group: ProcessGroup | None = None,
     ) -> None:
+        if isinstance(params, Level | Stack):
+            raise TypeError("params and stack are in the wrong order: HyperOptimizer(model.parameters(), stack)")
         distributed.check_group(shard_group)
         self._shard_group = shard_group
         self._groups: list[Group] = []
@@ -158,9 +175,10 @@ class HyperOptimizer(Optimizer):
     def hyperparameters(self, group: int = 0) -> list[dict[str, Tensor]]:
         """The current values in a param group, one dict a level, level 0 first: live float64 tensors.
 
-        They have no dimension, or, of a level with ``granularity="tensor"``, one number for each parameter.
+        They have no dimension, or, of a level with ``granularity="tensor"``, one number for each parameter. To assign a
+        number to one is to write to it. Every step changes them: keep ``float(t)`` or ``t.clone()``.
         """
-        return [dict(level) for level in self._group(group).hyperparameters]
+        return [Live(level) for level in self._group(group).hyperparameters]
 
     def in_use(self, group: int = 0) -> list[dict[str, Tensor]]:
         """The values that the most recent update was made with, as :meth:`hyperparameters` gives the learned ones.
@@ -366,12 +384,20 @@ class HyperOptimizer(Optimizer):
                 raise ValueError(
                     f"param group: {name} is set through the arguments of {stack[0]}: {', '.join(arguments)}"
                 )
-        for name in sorted({h["name"] for rule in RULES.values() for h in rule["hypers"]} & set(group)):
-            warnings.warn(
-                f"param group: {stack[0]} has no {name}, which does nothing; its arguments are {', '.join(arguments)}",
-                stacklevel=4,
+        others = {h["name"] for rule in RULES.values() for h in rule["hypers"]}
+        for name in sorted(group.keys() - _GROUP_KEYS):
+            close = get_close_matches(str(name), arguments, 1, cutoff=0.8)
+            if name in others or close:
+                hint = f" (is it {close[0]}?)" if close else ""
+                known = ", ".join(arguments)
+                _warn(f"param group: {stack[0]} has no {name}{hint}, which does nothing; its arguments are {known}")
+        stack = Stack((stack[0].replace(**changes), *stack.levels[1:])) if changes else stack
+        if len(stack) == 1 and (names := stack[0].tuning()):
+            _warn(
+                f"{stack[0]}: {', '.join(names)} does nothing, since no level stands above that would tune it, as in "
+                "hx.Adam(lr=1e-3) / hx.SGD(lr=1e-5)"
             )
-        return Stack((stack[0].replace(**changes), *stack.levels[1:])) if changes else stack
+        return stack
 
     @staticmethod
     def _check_params(params: Iterable[Any]) -> torch.device:
@@ -589,4 +615,7 @@ class HyperOptimizer(Optimizer):
         for i, group in enumerate(self.param_groups):
             lines.append(f"Parameter Group {i}")
             lines += [f"    {key}: {group[key]}" for key in sorted(group) if key not in _UNPRINTED]
+            for k, (level, values) in enumerate(zip(group["stack"], self.hyperparameters(i), strict=True)):
+                if k > 0:
+                    lines += [f"    {k}/{level}/{name}: {value}" for name, value in values.items()]
         return "\n".join([*lines, ")"])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import torch
@@ -46,9 +47,18 @@ class _Track:
             self.free = list(self.chunks[-1].unbind())[::-1]
         torch.index_select(self.tower, 1, self.columns, out=self.free.pop())
 
+    def records(self) -> Tensor:
+        """All of them, on the CPU: float64 [records, rows of the tower, fields]."""
+        every = torch.cat([self.tower.new_empty((0, self.tower.size(0), self.columns.numel())), *self.chunks])
+        return every[: len(every) - len(self.free)].cpu()
+
+    def check(self, records: object, fields: object) -> None:
+        shape = (self.tower.size(0), self.columns.numel())
+        if fields != [list(of) for of in self.fields] or not isinstance(records, Tensor) or records.shape[1:] != shape:
+            raise ValueError("state_dict is of a Recorder of another stack, or of parameters in other groups")
+
     def read(self, kind: str) -> list[dict[str, Tensor]]:
-        every = torch.cat(self.chunks) if self.chunks else self.tower.new_empty((0, 1, self.columns.numel()))
-        every = every[: len(every) - len(self.free)].cpu()
+        every = self.records()
         levels: list[dict[str, Tensor]] = [{} for _ in range(1 + max(k for _, k, _, _ in self.fields))]
         for i, (of, k, name, own) in enumerate(self.fields):
             if of == kind:
@@ -110,7 +120,39 @@ class Recorder:
                 track.record()
 
     def __getstate__(self) -> dict[str, object]:
-        raise TypeError("a Recorder cannot be copied or pickled; keep curves(), and make one of the new optimizer")
+        raise TypeError("a Recorder cannot be copied or pickled; use state_dict(), and make one of the new optimizer")
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that was recorded, as tensors and plain values, for the checkpoint of the run. Waits for the device."""
+        return {
+            "calls": self._calls,
+            "every": self.every,
+            "written": self._written,
+            "fields": [[list(of) for of in track.fields] for track in self._tracks],
+            "records": [track.records() for track in self._tracks],
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes on from what another one recorded, in the place of what this one did.
+
+        Raises:
+            ValueError: it is no Recorder's, or that of one with another stack or another ``every``. Nothing is changed
+                then.
+        """
+        if not isinstance(state_dict, Mapping) or set(state_dict) != set(self.state_dict()):
+            raise ValueError("state_dict must be what Recorder.state_dict() gave")
+        if state_dict["every"] != self.every:
+            raise ValueError(
+                f"state_dict is of a Recorder with every={state_dict['every']}, but here it is {self.every}"
+            )
+        loaded = list(zip(state_dict["records"], state_dict["fields"], strict=True))
+        if len(loaded) != len(self._tracks):
+            raise ValueError(f"state_dict has {len(loaded)} param groups, but this Recorder has {len(self._tracks)}")
+        for track, (records, fields) in zip(self._tracks, loaded, strict=True):
+            track.check(records, fields)
+        for track, (records, _) in zip(self._tracks, loaded, strict=True):
+            track.chunks, track.free = [records.to(track.tower.device, copy=True)], []
+        self._calls, self._written = state_dict["calls"], state_dict["written"]
 
     def _track(self, group: int) -> _Track:
         if not -len(self._tracks) <= group < len(self._tracks):

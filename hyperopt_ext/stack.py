@@ -33,6 +33,18 @@ _OPEN_END = 2.0**-30
 
 _GRANULARITIES = ("group", "tensor")
 
+# What stands here in the place of arguments that similar classes have.
+_ELSEWHERE = {
+    "amsgrad": "use hx.AMSGrad",
+    "decoupled_weight_decay": "use hx.AdamW",
+    "maximize": "it is an argument of HyperOptimizer",
+    "fused": "leave it out, every step is fused",
+    "foreach": "leave it out, every step is fused",
+    "capturable": "leave it out, every step is capturable",
+    "differentiable": "use hx.functional, with detach=False",
+    "optimizer": "write the level above after a slash, as hx.Adam() / hx.SGD()",
+}
+
 
 def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, Real) and not isinstance(value, bool)  # numpy's scalars, too
@@ -41,7 +53,8 @@ def is_number(value: object) -> TypeGuard[float]:
 def _known(level: str, argument: str, names: Sequence[str], known: Sequence[str]) -> None:
     for name in names:
         if name not in known:
-            raise ValueError(f"{level}: {argument} names {name!r}, but this level has {', '.join(known)}")
+            hint = "; betas go by their names" if name == "betas" and "beta1" in known else ""
+            raise ValueError(f"{level}: {argument} names {name!r}, but this level has {', '.join(known)}{hint}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +93,8 @@ class Level:
         trust: tau > 0, of the first level: lr is lowered where the norm of an update would exceed tau times the norm
             of the parameters, which LARS (You et al., 2017) and LAMB (You et al., ICLR 2020) measure steps by, from the
             first step on. Parameters whose root mean square is below 1e-3 count as if it were that, so that zeros can
-            move (as in Adafactor: Shazeer & Stern, ICML 2018). Costs a third pass, which only reads. Default: None.
+            move (as in Adafactor: Shazeer & Stern, ICML 2018). A scheduler's factor of a learned lr, if it is below 1,
+            is one of tau, too. Costs a third pass, which only reads. Default: None.
         burn_in: first steps in which this level is not tuned, >= 0. Default: 0.
         converge: ``(limit, steps)``: the lr in use is d(t) lr + (1 - d(t)) limit with d(t) = 1 / (1 + (t / steps)²),
             halfway after ``steps``: a convergent step size (Baydin et al., ICLR 2018, section 5). The learned lr is
@@ -144,7 +158,7 @@ class Level:
         for name in arguments:
             if name not in known:
                 close = get_close_matches(name, known, 1)
-                hint = f" (is it {close[0]}?)" if close else ""
+                hint = f": {_ELSEWHERE[name]}" if name in _ELSEWHERE else f" (is it {close[0]}?)" if close else ""
                 raise TypeError(f"{cls.__name__} has no argument {name!r}{hint}; its arguments are {', '.join(known)}")
         return super().__new__(cls)
 
@@ -231,6 +245,12 @@ class Level:
         hypers = RULES[self.rule]["hypers"]
         return tuple(h["name"] for h in hypers if (h["learned"] if self.learn is None else h["name"] in self.learn))
 
+    def tuning(self) -> list[str]:
+        """The arguments that say how a level above tunes this one, as far as they were given."""
+        default = {f.name: f.default for f in fields(Level)}
+        names = ("learn", "horizon", "normalize", "clip", "growth", "burn_in")
+        return [name for name in names if getattr(self, name) not in (default[name], ())]
+
     def learn_mask(self) -> int:
         """The learned hyperparameters as bits, lowest first in the rule's order."""
         learned = self.learn_names
@@ -282,8 +302,9 @@ class Level:
         }
 
     def arguments(self) -> list[str]:
-        """The names that a param group may give its own values for."""
-        return [f.name for f in fields(self)]
+        """The names that a param group may give its own values for, those of the method first."""
+        every = {f.name for f in fields(Level)}
+        return sorted((f.name for f in fields(self)), key=lambda name: name in every)
 
     def make(self, group: dict[str, Any]) -> Optimizer | None:
         """The optimizer that moves the parameters of a param group, if it is not this library."""
@@ -306,7 +327,7 @@ class Level:
         """
         spaces = dict(zip(self.values(), self.coordinates(), strict=True))
         parts = [f"{name}: {spaces[name]}" for name in self.learn_names if learns]
-        parts += ["traced"] * self.is_traced()
+        parts += ["horizon > 1"] * self.is_traced()
         parts += ["per tensor"] * (self.granularity == "tensor")
         return f"{self.rule}({', '.join(parts)})"
 
@@ -314,6 +335,12 @@ class Level:
         return Stack((self,)) / above
 
     def __rtruediv__(self, below: object) -> Stack:
+        if isinstance(below, Optimizer):
+            name = type(below).__name__
+            raise TypeError(
+                f"a level is no optimizer but the description of one: hx.{name}(...), if there is one, or "
+                f"hx.Wrap(torch.optim.{name}, lr=...)"
+            )
         raise TypeError(
             f"only levels can be stacked, not {below!r}; a level is written with its parentheses: hx.Adam()"
         )
@@ -358,6 +385,11 @@ class Stack:
 
     levels: tuple[Level, ...]
 
+    def __new__(cls, levels: Any = (), *more: Any) -> Stack:
+        if more:
+            raise TypeError("Stack: levels is one sequence; write a / b to stack two")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         levels = self.levels
         if isinstance(levels, Level | Stack):
@@ -386,7 +418,7 @@ class Stack:
                 )
 
     @classmethod
-    def of(cls, spec: Level, *, height: int) -> Stack:
+    def of(cls, spec: Level, height: int) -> Stack:
         """``height`` levels of the same spec: ``Stack.of(hx.Adam(lr=1e-3), height=3)`` is Adam/Adam/Adam.
 
         Raises:
@@ -408,6 +440,10 @@ class Stack:
             return cls((stack,))
         if isinstance(stack, Stack):
             return stack
+        if isinstance(stack, type):
+            raise TypeError(
+                f"stack must be a level or a stack, and {stack.__name__} is a class: write it with parentheses"
+            )
         raise TypeError(
             f"stack must be a level or a stack, as hx.Adam(lr=1e-3) / hx.SGD(lr=1e-5), not {type(stack).__name__}; "
             "it comes after params"

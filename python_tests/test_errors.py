@@ -13,6 +13,7 @@ import torch
 from problems import Regression
 
 import hyperopt_ext as hx
+from hyperopt_ext.compat import gdtuo
 
 P = torch.nn.Parameter
 NAN = float("nan")
@@ -74,6 +75,34 @@ def param(*shape, **kw):
             "Adam has no argument 'clipping' .is it clip..; its arguments are .*clip, growth",
         ),
         (lambda: hx.Adam(1e-3, gamma=1.0), TypeError, "Adam has no argument 'gamma'"),
+        (lambda: hx.Adam(amsgrad=True), TypeError, "Adam has no argument 'amsgrad': use hx.AMSGrad; its arguments are"),
+        (lambda: hx.AdamW(maximize=True), TypeError, "'maximize': it is an argument of HyperOptimizer"),
+        (lambda: hx.SGD(fused=True), TypeError, "'fused': leave it out"),
+        (lambda: hx.Adam(optimizer=hx.SGD()), TypeError, "'optimizer': write the level above after a slash"),
+        (
+            lambda: hx.functional.sgd([param()], [None], None, {}, torch.tensor(1)),
+            TypeError,
+            r"grads must be a list of tensors, but grads\[0\] is None",
+        ),
+        (
+            lambda: gdtuo.ModuleWrapper,
+            AttributeError,
+            "hx.HyperOptimizer.model.parameters.., stack. stands in its place",
+        ),
+        (lambda: hx.Adam(learn="betas"), ValueError, "this level has .*beta1.*betas go by their names"),
+        (lambda: hx.HyperOptimizer([param()], hx.Adam), TypeError, "Adam is a class: write it with parentheses"),
+        (lambda: hx.HyperOptimizer(hx.Adam(), [param()]), TypeError, "in the wrong order"),
+        (
+            lambda: torch.optim.Adam([param()]) / hx.SGD(),
+            TypeError,
+            "hx.Adam.*, if there is one, or hx.Wrap.torch.optim.Adam, lr=",
+        ),
+        (lambda: hx.Stack(hx.Adam(), hx.SGD()), TypeError, "write a / b to stack two"),
+        (
+            lambda: hx.HyperOptimizer([param()], hx.Adam()).hyperparameters()[0].__setitem__("lrr", 1.0),
+            KeyError,
+            "hyperparameters: there is no 'lrr', but lr, beta1",
+        ),
         (lambda: hx.Adam(clip=0.0), ValueError, "Adam: clip must be None or a number greater than 0"),
         (lambda: hx.Adam(clip="1"), ValueError, "Adam: clip must be"),
         (lambda: hx.Adam(growth=1.0), ValueError, "Adam: growth must be None or a number greater than 1"),
@@ -130,7 +159,6 @@ def param(*shape, **kw):
         (lambda: hx.Adam(bounds=(0, 1)), TypeError, "bounds must be a dict such as"),
         (lambda: hx.Adam(bounds={"lr": (None, 1)}), ValueError, "two numbers, low <= high"),
         (lambda: hx.Adam(learn=5), TypeError, "learn must be a name or several"),
-        (lambda: hx.HyperOptimizer(hx.Adam(), [param()]), TypeError, "it comes after params"),
         (lambda: hx.Adam(horizon=(100,)), ValueError, "horizon must be a number of steps, or .steps, part"),
         (lambda: hx.Adam(space={"lr": ["log"]}), ValueError, "but the coordinates are linear, log"),
         (lambda: hx.Adam(initial_state={"exp_avg": "0"}), ValueError, "must be a finite number, not '0'"),

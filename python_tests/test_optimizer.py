@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -649,6 +650,50 @@ def test_a_group_may_hold_entries_of_others():
     with pytest.warns(UserWarning, match="Adam has no rho, which does nothing; its arguments are .*lr, betas"):
         opt = hx.HyperOptimizer([{"params": [p], "rho": 0.05, "adaptive": False}], hx.Adam() / hx.SGD())
     assert opt.param_groups[0]["rho"] == 0.05
+
+
+def test_a_name_that_is_nearly_an_argument_is_a_warning():
+    p = torch.nn.Parameter(torch.ones(2))
+    with pytest.warns(UserWarning, match=r"AdamW has no weigth_decay \(is it weight_decay\?\), which does") as warned:
+        hx.HyperOptimizer([{"params": [p], "weigth_decay": 0.0}], hx.AdamW() / hx.SGD())
+    assert warned[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("level", "names"),
+    [
+        (hx.Adam(learn="lr", horizon=100), "learn, horizon"),
+        (hx.SGD(normalize=True), "normalize"),
+        (hx.Wrap(torch.optim.Muon, learn="weight_decay"), "learn"),
+    ],
+    ids=str,
+)
+def test_a_level_that_nothing_tunes_though_it_says_how_is_a_warning(level, names):
+    params = [torch.nn.Parameter(torch.ones(2, 2))]
+    with pytest.warns(UserWarning, match=f"{level}: {names} does nothing, since no level stands above"):
+        hx.HyperOptimizer(params, level)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hx.HyperOptimizer(params, level / hx.SGD())
+        hx.HyperOptimizer(params, hx.Adam(learn=(), trust=0.1, bounds={"lr": (0.0, 1.0)}))
+        hx.HyperOptimizer(params, hx.Wrap(torch.optim.Muon))
+
+
+def test_an_assignment_to_a_hyperparameter_is_a_write():
+    problem = Regression(2)
+    opt = hx.HyperOptimizer(problem.model.parameters(), hx.Adam() / hx.SGD(lr=1e-5))
+    opt.hyperparameters()[0]["lr"] = 0.25
+    opt.hyperparameters()[1]["lr"] = torch.tensor(0.0)
+    problem.train(opt, range(2))
+    assert opt.param_groups[0]["lr"] == opt.in_use()[0]["lr"] == 0.25
+    with pytest.raises(TypeError, match="hyperparameters: lr must be a number or a tensor of one, not 'high'"):
+        opt.hyperparameters()[0]["lr"] = "high"
+
+
+def test_all_levels_are_printed():
+    opt = hx.HyperOptimizer([torch.nn.Parameter(torch.ones(2))], hx.SGD(lr=0.1) / hx.Adam(lr=0.5) / hx.SGD(lr=0.25))
+    assert "    1/Adam/lr: 0.5\n" in repr(opt)
+    assert "    2/SGD/lr: 0.25\n" in repr(opt)
 
 
 def test_a_group_keeps_its_stack():

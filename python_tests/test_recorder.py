@@ -96,6 +96,33 @@ def test_it_goes_on_after_a_checkpoint_and_can_be_closed():
     assert len(recorder) == 6
 
 
+@pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS)
+def test_a_run_that_was_resumed_has_all_its_records(stack):
+    def start():
+        problem = Regression(20)
+        opt = hx.HyperOptimizer(
+            [{"params": layer.parameters()} for layer in (problem.model[0], problem.model[2])], stack
+        )
+        return problem, opt, hx.Recorder(opt, every=2)
+
+    problem, opt, whole = start()
+    problem.train(opt, range(9))
+    problem, opt, first = start()
+    problem.train(opt, range(5))
+    file = io.BytesIO()
+    torch.save([problem.model.state_dict(), opt.state_dict(), first.state_dict()], file)
+    file.seek(0)
+    problem, opt, resumed = start()
+    problem.train(opt, range(1))  # what it recorded is replaced
+    for part, state in zip((problem.model, opt, resumed), torch.load(file, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    problem.train(opt, range(5, 9))
+    assert torch.equal(resumed.steps, whole.steps)
+    assert list(resumed.curves()) == list(whole.curves())
+    for name, curve in whole.curves().items():
+        assert torch.equal(resumed.curves()[name], curve), name
+
+
 def test_nothing_recorded():
     opt = hx.HyperOptimizer([torch.nn.Parameter(torch.ones(1))], STACKS["three levels"])
     recorder = hx.Recorder(opt)
@@ -271,11 +298,23 @@ def added_later():
     return recorder
 
 
+def loaded(state_dict):
+    hx.Recorder(optimizer(hx.Adam())).load_state_dict(state_dict)
+
+
 WRONG = [
     (lambda: added_later().hyperparameters(1), IndexError, "but 1 param groups are recorded"),
     (lambda: hx.summary(torch.optim.SGD([torch.ones(1)])), TypeError, "summary: opt must be a HyperOptimizer, not SGD"),
     (lambda: hx.Recorder(torch.optim.SGD([torch.ones(1)])), TypeError, "opt must be a HyperOptimizer, not SGD"),
     (lambda: hx.Recorder(optimizer(hx.Adam()), every=0), ValueError, "every must be a whole number of steps"),
+    (lambda: loaded({}), ValueError, "must be what Recorder.state_dict.. gave"),
+    (
+        lambda: loaded(hx.Recorder(optimizer(hx.Adam()), every=2).state_dict()),
+        ValueError,
+        "with every=2, but here it is 1",
+    ),
+    (lambda: loaded(hx.Recorder(optimizer(hx.SGD())).state_dict()), ValueError, "of a Recorder of another stack"),
+    (lambda: loaded(hx.Recorder(optimizer(hx.Adam(), hx.Adam())).state_dict()), ValueError, "has 2 param groups, but"),
     (lambda: optimizer(hx.Lion()).export(), TypeError, "torch.optim has no Lion"),
     (lambda: optimizer(hx.AdaBelief()).export(), TypeError, "torch.optim has no AdaBelief"),
     (lambda: optimizer(hx.compat.gdtuo.Adam()).export(), TypeError, "or an initial_state"),

@@ -257,15 +257,30 @@ def test_while_the_factor_is_0_lr_stays_where_it_was(normalize):
         assert opt.hyperparameters()[0]["lr"] == LR
 
 
-def test_a_cap_lowers_the_learned_lr_to_what_the_scheduled_one_may_be():
+@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
+def test_a_factor_below_1_is_one_of_the_cap_too(factor):
     problem = Regression(3)
     opt = hx.auto(problem.model.parameters())
     before = torch.cat([p.detach().flatten() for p in problem.model.parameters()])
-    scheduler = schedulers.LambdaLR(opt, lambda t: 0.5)
+    scheduler = schedulers.LambdaLR(opt, lambda t: factor)
     next(train(problem, opt, scheduler))
     moved = torch.cat([p.detach().flatten() for p in problem.model.parameters()]) - before
-    assert moved.norm().item() == pytest.approx(0.03 * before.norm().item(), rel=1e-6)
-    assert opt.in_use()[0]["lr"].item() == pytest.approx(0.5 * opt.hyperparameters()[0]["lr"].item(), rel=1e-12)
+    assert moved.norm().item() == pytest.approx(0.03 * min(1.0, factor) * before.norm().item(), rel=1e-6)
+    assert opt.in_use()[0]["lr"].item() == pytest.approx(factor * opt.hyperparameters()[0]["lr"].item(), rel=1e-12)
+
+
+def test_a_warm_up_is_not_learned_away():
+    """Without a first lr it is the cap that sets it."""
+    lengths = {}
+    for steps in (1, 10):
+        problem = Regression(8)
+        opt = hx.auto(problem.model.parameters())
+        scheduler = schedulers.LambdaLR(opt, lambda t, steps=steps: min(1.0, (t + 1) / steps))
+        lengths[steps] = []
+        for _ in train(problem, opt, scheduler, range(8)):
+            lengths[steps].append(opt.in_use()[0]["lr"].item())
+    for t, (without, with_warm_up) in enumerate(zip(*lengths.values(), strict=True)):
+        assert with_warm_up == pytest.approx((t + 1) / 10 * without, rel=0.3)
 
 
 def test_no_factor_can_be_told_of_an_lr_that_starts_from_0():

@@ -1,4 +1,4 @@
-"""PyTorch Lightning: `configure_optimizers` returns the tower, and LearningRateMonitor shows the learned lr.
+"""PyTorch Lightning: `configure_optimizers` returns the tower; LearningRateMonitor shows the learned lr.
 
     python examples/trainers/lightning_module.py
 

@@ -79,3 +79,11 @@ def _adam(alpha: float, beta1: float, beta2: float, log_eps: float, learn: tuple
         bounds={"lr": _UNBOUNDED},
         initial_state={"exp_avg_sq": eps},
     )
+
+
+def __getattr__(name: str) -> None:
+    if name in ("ModuleWrapper", "NoOpOptimizer", "Optimizable"):
+        raise AttributeError(
+            f"compat.gdtuo has no {name}: hx.HyperOptimizer(model.parameters(), stack) stands in its place"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer
 from hyperopt_ext import _C, distributed
 from hyperopt_ext.export import export
 from hyperopt_ext.stack import RULES, Level, Stack, is_number
-from hyperopt_ext.update import Group, Live, Update, check_policy, is_state, move_towers, new_tower, state_dtype
+from hyperopt_ext.update import Group, Update, check_policy, is_state, move_towers, new_tower, state_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -175,10 +175,10 @@ class HyperOptimizer(Optimizer):
     def hyperparameters(self, group: int = 0) -> list[dict[str, Tensor]]:
         """The current values in a param group, one dict a level, level 0 first: live float64 tensors.
 
-        They have no dimension, or, of a level with ``granularity="tensor"``, one number for each parameter. To assign a
-        number to one is to write to it. Every step changes them: keep ``float(t)`` or ``t.clone()``.
+        They have no dimension, or, of a level with ``granularity="tensor"``, one number for each parameter.
+        Write to them by ``fill_()`` or ``copy_()``. Every step changes them: keep ``float(t)`` or ``t.clone()``.
         """
-        return [Live(level) for level in self._group(group).hyperparameters]
+        return [dict(level) for level in self._group(group).hyperparameters]
 
     def in_use(self, group: int = 0) -> list[dict[str, Tensor]]:
         """The values that the most recent update was made with, as :meth:`hyperparameters` gives the learned ones.

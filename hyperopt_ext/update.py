@@ -50,23 +50,14 @@ def _foreign_levels(plan: list[int]) -> list[tuple[int, int]]:
     return [(k, rule[k + 1]) for k in range(len(rule) - 1) if built_in[k + 1] < 0]
 
 
-def _assigned(name: str, value: Any, live: Tensor, of: str = "param group") -> Tensor:
+def _assigned(name: str, value: Any, live: Tensor) -> Tensor:
     """What a caller put in the place of a hyperparameter's live value (perhaps a view of it), to be copied there."""
     if isinstance(value, Tensor) and value.numel() in (1, live.numel()):
         own: Tensor = value.detach().clone()
         return own.reshape(()) if own.numel() == 1 else own
     if not is_number(value):
-        raise TypeError(f"{of}: {name} must be a number or a tensor of one, not {value!r}")
+        raise TypeError(f"param group: {name} must be a number or a tensor of one, not {value!r}")
     return torch.zeros((), dtype=live.dtype, device="cpu") + value  # a sum, so that dynamo makes an input of the number
-
-
-class Live(dict[str, Tensor]):
-    """The values of a level by name, as views of the tower. An assignment writes to what is there."""
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if name not in self:
-            raise KeyError(f"hyperparameters: there is no {name!r}, but {', '.join(self)}")
-        self[name].copy_(_assigned(name, value, self[name], "hyperparameters"))
 
 
 def _pair(betas: Any) -> tuple[Any, Any]:

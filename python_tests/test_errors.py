@@ -98,11 +98,6 @@ def param(*shape, **kw):
             "hx.Adam.*, if there is one, or hx.Wrap.torch.optim.Adam, lr=",
         ),
         (lambda: hx.Stack(hx.Adam(), hx.SGD()), TypeError, "write a / b to stack two"),
-        (
-            lambda: hx.HyperOptimizer([param()], hx.Adam()).hyperparameters()[0].__setitem__("lrr", 1.0),
-            KeyError,
-            "hyperparameters: there is no 'lrr', but lr, beta1",
-        ),
         (lambda: hx.Adam(clip=0.0), ValueError, "Adam: clip must be None or a number greater than 0"),
         (lambda: hx.Adam(clip="1"), ValueError, "Adam: clip must be"),
         (lambda: hx.Adam(growth=1.0), ValueError, "Adam: growth must be None or a number greater than 1"),

@@ -43,7 +43,7 @@ Args:
     hyper: the hyperparameters of the method by name (``lr``, ``beta1``, ...), as floating-point tensors of one number;
         what is not named is at its default.
     step: the number of this step, from 1, a tensor of one number. (Less is an error on a CPU. On a GPU it is not looked
-        at, which would mean to wait, and gives an update that is not finite.)
+        at, which would mean to wait, and the update is none of the method's.)
     detach: parameters, gradients and state count as constants, as in the paper, and a backward reaches the
         hyperparameters alone. ``False``: the step is differentiable with respect to all that it reads, so that several
         can be unrolled. A second derivative is an error in both cases. Default: True.

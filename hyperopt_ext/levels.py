@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from hyperopt_ext.stack import Level, is_number
 
@@ -184,6 +185,8 @@ class Adam(Betas):
 
     State per parameter: ``exp_avg`` and ``exp_avg_sq``.
     """
+
+    elsewhere: ClassVar[dict[str, str]] = {"amsgrad": "use hx.AMSGrad", "decoupled_weight_decay": "use hx.AdamW"}
 
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)

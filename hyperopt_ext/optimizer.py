@@ -27,10 +27,12 @@ if TYPE_CHECKING:
 
 Loss = TypeVar("Loss")  # what a closure returns: a float, or a tensor
 
+_PRINTED_LEVELS = 8  # above the first
 _UNPRINTED = ("params", "tower", "betas", "optimizer")
 # What a param group holds that load_state_dict() copies into and does not replace.
 _OWN = ("stack", "tower", "optimizer")
 # What a param group may hold beside the arguments of its first level.
+_SWITCHES = ("amsgrad", "decoupled_weight_decay", "nesterov", "centered")  # of torch's optimizers
 _GROUP_KEYS = {"params", "param_names", "stack", "maximize", "nonfinite", "initial_lr"}
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -384,17 +386,18 @@ class HyperOptimizer(Optimizer):
                 raise ValueError(
                     f"param group: {name} is set through the arguments of {stack[0]}: {', '.join(arguments)}"
                 )
-        others = {h["name"] for rule in RULES.values() for h in rule["hypers"]}
-        for name in sorted(group.keys() - _GROUP_KEYS):
+        others = {h["name"] for rule in RULES.values() for h in rule["hypers"]} | {"betas"}
+        for name in sorted(group.keys() - _GROUP_KEYS, key=str):
             close = get_close_matches(str(name), arguments, 1, cutoff=0.8)
-            if name in others or close:
+            switched_on = name in _SWITCHES and group[name]
+            if name in others or close or switched_on:
                 hint = f" (is it {close[0]}?)" if close else ""
                 known = ", ".join(arguments)
                 _warn(f"param group: {stack[0]} has no {name}{hint}, which does nothing; its arguments are {known}")
         stack = Stack((stack[0].replace(**changes), *stack.levels[1:])) if changes else stack
         if len(stack) == 1 and (names := stack[0].tuning()):
             _warn(
-                f"{stack[0]}: {', '.join(names)} does nothing, since no level stands above that would tune it, as in "
+                f"{stack[0]}: nothing heeds {', '.join(names)}, since no level stands above, as in "
                 "hx.Adam(lr=1e-3) / hx.SGD(lr=1e-5)"
             )
         return stack
@@ -562,7 +565,8 @@ class HyperOptimizer(Optimizer):
                     raise ValueError(f"state_dict: param group {i} has no {name!r}, which state_dict() gave it")
             if saved["stack"] != ours:
                 raise ValueError(
-                    f"state_dict: param group {i} is of the stack {saved['stack']!r}, but this optimizer's is {ours!r}"
+                    f"state_dict: param group {i} is of the stack {saved['stack']!r}, but this optimizer's is {ours!r} "
+                    "(traced: with a horizon of more than one step)"
                 )
             if len(saved["params"]) != len(group["params"]):
                 raise ValueError(
@@ -615,7 +619,10 @@ class HyperOptimizer(Optimizer):
         for i, group in enumerate(self.param_groups):
             lines.append(f"Parameter Group {i}")
             lines += [f"    {key}: {group[key]}" for key in sorted(group) if key not in _UNPRINTED]
-            for k, (level, values) in enumerate(zip(group["stack"], self.hyperparameters(i), strict=True)):
-                if k > 0:
-                    lines += [f"    {k}/{level}/{name}: {value}" for name, value in values.items()]
+            if i < len(self._groups):
+                for k, (level, values) in enumerate(zip(group["stack"], self._groups[i].hyperparameters, strict=False)):
+                    shown = [name for name in values if name == "lr" or name in level.learn_names]
+                    lines += [f"    {k}/{level}/{name}: {values[name]}" for name in shown if 0 < k <= _PRINTED_LEVELS]
+                if len(group["stack"]) > _PRINTED_LEVELS + 1:
+                    lines.append(f"    and {len(group['stack']) - _PRINTED_LEVELS - 1} levels more")
         return "\n".join([*lines, ")"])

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # What is allocated at once: so many records, but no more than so many numbers.
 _CHUNK, _CHUNK_NUMBERS = 1024, 2**20
 _IN_USE = " in use"
+_STATE = ("calls", "every", "written", "stacks", "records")  # of a state dict
 
 
 class _Track:
@@ -48,14 +49,16 @@ class _Track:
         torch.index_select(self.tower, 1, self.columns, out=self.free.pop())
 
     def records(self) -> Tensor:
-        """All of them, on the CPU: float64 [records, rows of the tower, fields]."""
-        every = torch.cat([self.tower.new_empty((0, self.tower.size(0), self.columns.numel())), *self.chunks])
-        return every[: len(every) - len(self.free)].cpu()
+        """All of them, on the CPU, in memory of their own: float64 [records, rows of the tower, columns]."""
+        chunks = [chunk[: len(chunk) - (len(self.free) if chunk is self.chunks[-1] else 0)] for chunk in self.chunks]
+        return torch.cat([self.tower.new_empty((0, self.tower.size(0), self.columns.numel())), *chunks]).cpu()
 
-    def check(self, records: object, fields: object) -> None:
-        shape = (self.tower.size(0), self.columns.numel())
-        if fields != [list(of) for of in self.fields] or not isinstance(records, Tensor) or records.shape[1:] != shape:
-            raise ValueError("state_dict is of a Recorder of another stack, or of parameters in other groups")
+    def check(self, records: object, stack: object, count: int) -> None:
+        shape = (count, self.tower.size(0), self.columns.numel())
+        if stack != self.stack.structure():
+            raise ValueError(f"state_dict is of the stack {stack!r}, but here it is {self.stack.structure()!r}")
+        if not isinstance(records, Tensor) or records.shape != shape or records.dtype != torch.float64:
+            raise ValueError(f"state_dict must have float64 records of the shape {shape}")
 
     def read(self, kind: str) -> list[dict[str, Tensor]]:
         every = self.records()
@@ -124,35 +127,31 @@ class Recorder:
 
     def state_dict(self) -> dict[str, Any]:
         """All that was recorded, as tensors and plain values, for the checkpoint of the run. Waits for the device."""
-        return {
-            "calls": self._calls,
-            "every": self.every,
-            "written": self._written,
-            "fields": [[list(of) for of in track.fields] for track in self._tracks],
-            "records": [track.records() for track in self._tracks],
-        }
+        records = [track.records() for track in self._tracks]
+        values = [self._calls, self.every, self._written, [track.stack.structure() for track in self._tracks], records]
+        return dict(zip(_STATE, values, strict=True))
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on from what another one recorded, in the place of what this one did.
 
         Raises:
-            ValueError: it is no Recorder's, or that of one with another stack or another ``every``. Nothing is changed
-                then.
+            ValueError: it is no Recorder's, or that of one with other stacks, tensors, or another ``every``. Nothing is
+                changed then.
         """
-        if not isinstance(state_dict, Mapping) or set(state_dict) != set(self.state_dict()):
+        if not isinstance(state_dict, Mapping) or set(state_dict) != set(_STATE):
             raise ValueError("state_dict must be what Recorder.state_dict() gave")
-        if state_dict["every"] != self.every:
-            raise ValueError(
-                f"state_dict is of a Recorder with every={state_dict['every']}, but here it is {self.every}"
-            )
-        loaded = list(zip(state_dict["records"], state_dict["fields"], strict=True))
-        if len(loaded) != len(self._tracks):
-            raise ValueError(f"state_dict has {len(loaded)} param groups, but this Recorder has {len(self._tracks)}")
-        for track, (records, fields) in zip(self._tracks, loaded, strict=True):
-            track.check(records, fields)
-        for track, (records, _) in zip(self._tracks, loaded, strict=True):
-            track.chunks, track.free = [records.to(track.tower.device, copy=True)], []
-        self._calls, self._written = state_dict["calls"], state_dict["written"]
+        calls, every, written, stacks, records = (state_dict[name] for name in _STATE)
+        if every != self.every:
+            raise ValueError(f"state_dict is of a Recorder with every={every!r}, but here it is {self.every}")
+        if not all(isinstance(number, int) and number >= 0 for number in (calls, written)):
+            raise ValueError(f"state_dict must have whole numbers of calls and written, not {calls!r}, {written!r}")
+        if not len(stacks) == len(records) == len(self._tracks):
+            raise ValueError(f"state_dict has {len(records)} param groups, but this Recorder has {len(self._tracks)}")
+        for track, own, stack in zip(self._tracks, records, stacks, strict=True):
+            track.check(own, stack, -(-calls // every))
+        for track, own in zip(self._tracks, records, strict=True):
+            track.chunks, track.free = [own.to(track.tower.device, copy=True)], []
+        self._calls, self._written = calls, written
 
     def _track(self, group: int) -> _Track:
         if not -len(self._tracks) <= group < len(self._tracks):

@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, MISSING, Field, dataclass, field, fields, repla
 from difflib import get_close_matches
 from itertools import pairwise
 from numbers import Integral, Real
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar, NoReturn, TypeGuard
 
 import torch
 from torch.optim.optimizer import Optimizer
@@ -34,9 +34,7 @@ _OPEN_END = 2.0**-30
 _GRANULARITIES = ("group", "tensor")
 
 # What stands here in the place of arguments that similar classes have.
-_ELSEWHERE = {
-    "amsgrad": "use hx.AMSGrad",
-    "decoupled_weight_decay": "use hx.AdamW",
+ELSEWHERE = {
     "maximize": "it is an argument of HyperOptimizer",
     "fused": "leave it out, every step is fused",
     "foreach": "leave it out, every step is fused",
@@ -55,6 +53,17 @@ def _known(level: str, argument: str, names: Sequence[str], known: Sequence[str]
         if name not in known:
             hint = "; betas go by their names" if name == "betas" and "beta1" in known else ""
             raise ValueError(f"{level}: {argument} names {name!r}, but this level has {', '.join(known)}{hint}")
+
+
+def _not_a_level(one: object) -> NoReturn:
+    kind = one if isinstance(one, type) else type(one)
+    if issubclass(kind, Optimizer):
+        name = kind.__name__
+        raise TypeError(
+            f"only levels can be stacked, not an optimizer: write hx.{name}(...), if there is one, or "
+            f"hx.Wrap(torch.optim.{name}, lr=...)"
+        )
+    raise TypeError(f"only levels can be stacked, not {one!r}; a level is written with its parentheses: hx.Adam()")
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,11 +99,12 @@ class Level:
             None, none.
         growth: the factor, > 1, by which a learned lr grows at most in one step (as in D-Adaptation: Defazio &
             Mishchenko, ICML 2023). Default: None, any.
-        trust: tau > 0, of the first level: lr is lowered where the norm of an update would exceed tau times the norm
-            of the parameters, which LARS (You et al., 2017) and LAMB (You et al., ICLR 2020) measure steps by, from the
+        trust: tau > 0, of the first level: lr is lowered where the norm of an update would exceed tau times the norm of
+            the parameters, which LARS (You et al., 2017) and LAMB (You et al., ICLR 2020) measure steps by, from the
             first step on. Parameters whose root mean square is below 1e-3 count as if it were that, so that zeros can
-            move (as in Adafactor: Shazeer & Stern, ICML 2018). A scheduler's factor of a learned lr, if it is below 1,
-            is one of tau, too. Costs a third pass, which only reads. Default: None.
+            move (as in Adafactor: Shazeer & Stern, ICML 2018). A scheduler's factor, if it is below 1 and one of an lr
+            that is learned or that each tensor has of its own, is one of tau, too. Costs a third pass, which only
+            reads. Default: None.
         burn_in: first steps in which this level is not tuned, >= 0. Default: 0.
         converge: ``(limit, steps)``: the lr in use is d(t) lr + (1 - d(t)) limit with d(t) = 1 / (1 + (t / steps)²),
             halfway after ``steps``: a convergent step size (Baydin et al., ICLR 2018, section 5). The learned lr is
@@ -123,6 +133,8 @@ class Level:
 
     # Hyperparameters without which (0 and not learned) the method is another rule, with less state.
     optional: ClassVar[tuple[str, ...]] = ()
+    # Arguments of torch's class of this name, and what stands here in their place.
+    elsewhere: ClassVar[dict[str, str]] = {}
     # Whether it can move parameters alone, and not the hyperparameters of another level.
     first_only: ClassVar[bool] = False
 
@@ -158,7 +170,8 @@ class Level:
         for name in arguments:
             if name not in known:
                 close = get_close_matches(name, known, 1)
-                hint = f": {_ELSEWHERE[name]}" if name in _ELSEWHERE else f" (is it {close[0]}?)" if close else ""
+                elsewhere = ELSEWHERE | cls.elsewhere
+                hint = f": {elsewhere[name]}" if name in elsewhere else f" (is it {close[0]}?)" if close else ""
                 raise TypeError(f"{cls.__name__} has no argument {name!r}{hint}; its arguments are {', '.join(known)}")
         return super().__new__(cls)
 
@@ -246,10 +259,15 @@ class Level:
         return tuple(h["name"] for h in hypers if (h["learned"] if self.learn is None else h["name"] in self.learn))
 
     def tuning(self) -> list[str]:
-        """The arguments that say how a level above tunes this one, as far as they were given."""
-        default = {f.name: f.default for f in fields(Level)}
-        names = ("learn", "horizon", "normalize", "clip", "growth", "burn_in")
-        return [name for name in names if getattr(self, name) not in (default[name], ())]
+        """The arguments by which a level above tunes this one, as far as they were given; a ``learn`` if it leaves out."""
+        default = {f.name: f.default for f in fields(self)}
+        names = [
+            name
+            for name in ("horizon", "normalize", "clip", "growth", "burn_in")
+            if getattr(self, name) != default[name]
+        ]
+        learned = {h["name"] for h in RULES[self.rule]["hypers"] if h["learned"]}
+        return ["learn"] * bool(self.learn and learned - {*self.learn}) + names
 
     def learn_mask(self) -> int:
         """The learned hyperparameters as bits, lowest first in the rule's order."""
@@ -327,7 +345,7 @@ class Level:
         """
         spaces = dict(zip(self.values(), self.coordinates(), strict=True))
         parts = [f"{name}: {spaces[name]}" for name in self.learn_names if learns]
-        parts += ["horizon > 1"] * self.is_traced()
+        parts += ["traced"] * self.is_traced()
         parts += ["per tensor"] * (self.granularity == "tensor")
         return f"{self.rule}({', '.join(parts)})"
 
@@ -335,15 +353,7 @@ class Level:
         return Stack((self,)) / above
 
     def __rtruediv__(self, below: object) -> Stack:
-        if isinstance(below, Optimizer):
-            name = type(below).__name__
-            raise TypeError(
-                f"a level is no optimizer but the description of one: hx.{name}(...), if there is one, or "
-                f"hx.Wrap(torch.optim.{name}, lr=...)"
-            )
-        raise TypeError(
-            f"only levels can be stacked, not {below!r}; a level is written with its parentheses: hx.Adam()"
-        )
+        return _not_a_level(below)
 
     @classmethod
     def _mapping(cls, name: str, value: Any) -> dict[str, Any]:
@@ -465,10 +475,11 @@ class Stack:
 
     def __truediv__(self, above: Level | Stack) -> Stack:
         if not isinstance(above, Level | Stack):
-            raise TypeError(
-                f"only levels can be stacked, not {above!r}; a level is written with its parentheses: hx.Adam()"
-            )
+            return _not_a_level(above)
         return Stack(self.levels + Stack.coerce(above).levels)
+
+    def __rtruediv__(self, below: object) -> Stack:
+        return _not_a_level(below)
 
     def __len__(self) -> int:
         return len(self.levels)

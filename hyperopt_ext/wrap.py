@@ -101,9 +101,6 @@ class Wrap(Level):
         if "weight_decay" in self.learn_names and not self.has_weight_decay():
             raise ValueError(f"Wrap: {self} has no weight_decay to learn")
 
-    def tuning(self) -> list[str]:
-        return [name for name in super().tuning() if name != "learn" or self.learn != ("lr",)]
-
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
             object.__setattr__(self, name, value)

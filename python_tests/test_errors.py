@@ -95,8 +95,11 @@ def param(*shape, **kw):
         (
             lambda: torch.optim.Adam([param()]) / hx.SGD(),
             TypeError,
-            "hx.Adam.*, if there is one, or hx.Wrap.torch.optim.Adam, lr=",
+            "not an optimizer: write hx.Adam.*, if there is one, or hx.Wrap.torch.optim.Adam, lr=",
         ),
+        (lambda: torch.optim.Muon / (hx.SGD() / hx.SGD()), TypeError, "or hx.Wrap.torch.optim.Muon, lr="),
+        (lambda: hx.SGD() / hx.SGD() / torch.optim.Adam([param()]), TypeError, "not an optimizer: write hx.Adam"),
+        (lambda: hx.AdamW(amsgrad=True), TypeError, "AdamW has no argument 'amsgrad'; its arguments are"),
         (lambda: hx.Stack(hx.Adam(), hx.SGD()), TypeError, "write a / b to stack two"),
         (lambda: hx.Adam(clip=0.0), ValueError, "Adam: clip must be None or a number greater than 0"),
         (lambda: hx.Adam(clip="1"), ValueError, "Adam: clip must be"),

@@ -657,6 +657,12 @@ def test_a_name_that_is_nearly_an_argument_is_a_warning():
     with pytest.warns(UserWarning, match=r"AdamW has no weigth_decay \(is it weight_decay\?\), which does") as warned:
         hx.HyperOptimizer([{"params": [p], "weigth_decay": 0.0}], hx.AdamW() / hx.SGD())
     assert warned[0].filename == __file__
+    for entries, name in (({"betas": (0.9, 0.9)}, "betas"), ({"amsgrad": True, 1: 2}, "amsgrad")):
+        with pytest.warns(UserWarning, match=f"SGD has no {name}, which does nothing"):
+            hx.HyperOptimizer([{"params": [p], **entries}], hx.SGD() / hx.SGD())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hx.HyperOptimizer(torch.optim.Adam([{"params": [p]}]).param_groups, hx.Adam() / hx.SGD())
 
 
 @pytest.mark.parametrize(
@@ -664,25 +670,32 @@ def test_a_name_that_is_nearly_an_argument_is_a_warning():
     [
         (hx.Adam(learn="lr", horizon=100), "learn, horizon"),
         (hx.SGD(normalize=True), "normalize"),
+        (hx.SGD(learn="weight_decay"), "learn"),
         (hx.Wrap(torch.optim.Muon, learn="weight_decay"), "learn"),
     ],
     ids=str,
 )
 def test_a_level_that_nothing_tunes_though_it_says_how_is_a_warning(level, names):
     params = [torch.nn.Parameter(torch.ones(2, 2))]
-    with pytest.warns(UserWarning, match=f"{level}: {names} does nothing, since no level stands above"):
+    with pytest.warns(UserWarning, match=f"{level}: nothing heeds {names}, since no level stands above"):
         hx.HyperOptimizer(params, level)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         hx.HyperOptimizer(params, level / hx.SGD())
         hx.HyperOptimizer(params, hx.Adam(learn=(), trust=0.1, bounds={"lr": (0.0, 1.0)}))
-        hx.HyperOptimizer(params, hx.Wrap(torch.optim.Muon))
+        for alone in (hx.Wrap(torch.optim.Muon), hx.SGD(learn="lr"), hx.compat.gdtuo.Adam()):
+            hx.HyperOptimizer(params, alone)
 
 
 def test_all_levels_are_printed():
     opt = hx.HyperOptimizer([torch.nn.Parameter(torch.ones(2))], hx.SGD(lr=0.1) / hx.Adam(lr=0.5) / hx.SGD(lr=0.25))
     assert "    1/Adam/lr: 0.5\n" in repr(opt)
     assert "    2/SGD/lr: 0.25\n" in repr(opt)
+    tall = hx.HyperOptimizer([torch.nn.Parameter(torch.ones(2))], hx.Stack.of(hx.Adam(), 100))
+    assert "    and 91 levels more\n" in repr(tall)
+    assert len(repr(tall)) < 2500
+    opt.param_groups[0]["lr"] = "high"  # an error for step() to raise
+    assert "    lr: high\n" in repr(opt)
 
 
 def test_a_group_keeps_its_stack():

@@ -69,8 +69,14 @@ struct DeviceTeam {
   }
 
  private:
-  // __threadfence() would be one of sequential consistency, which takes longer.
-  __device__ static void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+  // __threadfence() is one of sequential consistency, which takes longer.
+  __device__ static void fence() {
+#if __CUDA_ARCH__ >= 700
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+#else
+    __threadfence();
+#endif
+  }
 };
 
 // At least one block at a time: without that word, ptxas spills a register here and there to fit more of them.

@@ -13,6 +13,7 @@ their eps inside the root, and every level learns all that the package learns.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from hyperopt_ext import levels
 
@@ -81,9 +82,11 @@ def _adam(alpha: float, beta1: float, beta2: float, log_eps: float, learn: tuple
     )
 
 
-def __getattr__(name: str) -> None:
-    if name in ("ModuleWrapper", "NoOpOptimizer", "Optimizable"):
-        raise AttributeError(
-            f"compat.gdtuo has no {name}: hx.HyperOptimizer(model.parameters(), stack) stands in its place"
-        )
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # for which every name would be there
+
+    def __getattr__(name):
+        if name in ("ModuleWrapper", "NoOpOptimizer", "Optimizable"):
+            raise AttributeError(
+                f"compat.gdtuo has no {name}: hx.HyperOptimizer(model.parameters(), stack) stands in its place"
+            )
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

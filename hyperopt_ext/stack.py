@@ -259,7 +259,7 @@ class Level:
         return tuple(h["name"] for h in hypers if (h["learned"] if self.learn is None else h["name"] in self.learn))
 
     def tuning(self) -> list[str]:
-        """The arguments by which a level above tunes this one, as far as they were given; a ``learn`` if it leaves out."""
+        """The arguments for a level above that were given; a ``learn`` counts if it leaves out some of the default."""
         default = {f.name: f.default for f in fields(self)}
         names = [
             name

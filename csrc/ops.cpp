@@ -209,7 +209,7 @@ Tensor values_of(TensorList tensors, const Tensor& like) {
   return at::stack(values);
 }
 
-// d loss / d hyper, to be added to; on the device of the parameters.
+// d loss / d hyper before it is known: zeros, on the device of the parameters.
 Tensor new_sums(TensorList params, TensorList hyper) {
   return at::zeros({std::int64_t(hyper.size())}, (params.empty() ? hyper : params)[0].options().dtype(at::kDouble));
 }

@@ -106,7 +106,7 @@ def _update(
     detach: bool,
 ) -> tuple[list[Tensor], State]:
     slots, known = RULES[rule]["state"], RULES[rule]["hypers"]
-    params, grads = (_tensors(name, tensors) for name, tensors in [("params", params), ("grads", grads)])
+    params, grads = _tensors("params", params), _tensors("grads", grads)
     if state is None:
         state = {name: [_zeros(p) for p in params] for name in slots}
     if sorted(state) != sorted(slots):

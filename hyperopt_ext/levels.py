@@ -186,7 +186,11 @@ class Adam(Betas):
     State per parameter: ``exp_avg`` and ``exp_avg_sq``.
     """
 
-    elsewhere: ClassVar[dict[str, str]] = {"amsgrad": "use hx.AMSGrad", "decoupled_weight_decay": "use hx.AdamW"}
+    elsewhere: ClassVar[dict[str, str]] = {
+        **Betas.elsewhere,
+        "amsgrad": "use hx.AMSGrad",
+        "decoupled_weight_decay": "use hx.AdamW",
+    }
 
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)

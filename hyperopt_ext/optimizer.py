@@ -31,9 +31,10 @@ _PRINTED_LEVELS = 8  # above the first
 _UNPRINTED = ("params", "tower", "betas", "optimizer")
 # What a param group holds that load_state_dict() copies into and does not replace.
 _OWN = ("stack", "tower", "optimizer")
-# What a param group may hold beside the arguments of its first level.
-_SWITCHES = ("amsgrad", "decoupled_weight_decay", "nesterov", "centered")  # of torch's optimizers
+# What a param group may hold beside the arguments of its first level; and what else torch's groups hold, which is a
+# mistake where it is switched on.
 _GROUP_KEYS = {"params", "param_names", "stack", "maximize", "nonfinite", "initial_lr"}
+_SWITCHES = ("amsgrad", "decoupled_weight_decay", "nesterov", "centered")
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -616,13 +617,14 @@ class HyperOptimizer(Optimizer):
 
     def __repr__(self) -> str:
         lines = [f"HyperOptimizer({self.stack}"]
+        live = {id(g.group): g.hyperparameters for g in self._groups}
         for i, group in enumerate(self.param_groups):
             lines.append(f"Parameter Group {i}")
-            lines += [f"    {key}: {group[key]}" for key in sorted(group) if key not in _UNPRINTED]
-            if i < len(self._groups):
-                for k, (level, values) in enumerate(zip(group["stack"], self._groups[i].hyperparameters, strict=False)):
-                    shown = [name for name in values if name == "lr" or name in level.learn_names]
-                    lines += [f"    {k}/{level}/{name}: {values[name]}" for name in shown if 0 < k <= _PRINTED_LEVELS]
-                if len(group["stack"]) > _PRINTED_LEVELS + 1:
-                    lines.append(f"    and {len(group['stack']) - _PRINTED_LEVELS - 1} levels more")
+            lines += [f"    {key}: {group[key]}" for key in sorted(group, key=str) if key not in _UNPRINTED]
+            upper = list(zip(group["stack"], live.get(id(group), ()), strict=False))[1:]
+            for k, (level, values) in enumerate(upper[:_PRINTED_LEVELS], 1):
+                names = [name for name in values if name == "lr" or name in level.learn_names]
+                lines += [f"    {k}/{level}/{name}: {values[name]}" for name in names]
+            if len(upper) > _PRINTED_LEVELS:
+                lines.append(f"    and {len(upper) - _PRINTED_LEVELS} levels more")
         return "\n".join([*lines, ")"])

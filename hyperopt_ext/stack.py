@@ -33,16 +33,6 @@ _OPEN_END = 2.0**-30
 
 _GRANULARITIES = ("group", "tensor")
 
-# What stands here in the place of arguments that similar classes have.
-ELSEWHERE = {
-    "maximize": "it is an argument of HyperOptimizer",
-    "fused": "leave it out, every step is fused",
-    "foreach": "leave it out, every step is fused",
-    "capturable": "leave it out, every step is capturable",
-    "differentiable": "use hx.functional, with detach=False",
-    "optimizer": "write the level above after a slash, as hx.Adam() / hx.SGD()",
-}
-
 
 def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, Real) and not isinstance(value, bool)  # numpy's scalars, too
@@ -133,8 +123,15 @@ class Level:
 
     # Hyperparameters without which (0 and not learned) the method is another rule, with less state.
     optional: ClassVar[tuple[str, ...]] = ()
-    # Arguments of torch's class of this name, and what stands here in their place.
-    elsewhere: ClassVar[dict[str, str]] = {}
+    # Arguments that similar classes have, and what stands here in their place.
+    elsewhere: ClassVar[dict[str, str]] = {
+        "maximize": "it is an argument of HyperOptimizer",
+        "fused": "leave it out, every step is fused",
+        "foreach": "leave it out, every step is fused",
+        "capturable": "leave it out, every step is capturable",
+        "differentiable": "use hx.functional, with detach=False",
+        "optimizer": "write the level above after a slash, as hx.Adam() / hx.SGD()",
+    }
     # Whether it can move parameters alone, and not the hyperparameters of another level.
     first_only: ClassVar[bool] = False
 
@@ -170,8 +167,7 @@ class Level:
         for name in arguments:
             if name not in known:
                 close = get_close_matches(name, known, 1)
-                elsewhere = ELSEWHERE | cls.elsewhere
-                hint = f": {elsewhere[name]}" if name in elsewhere else f" (is it {close[0]}?)" if close else ""
+                hint = f": {cls.elsewhere[name]}" if name in cls.elsewhere else f" (is it {close[0]}?)" if close else ""
                 raise TypeError(f"{cls.__name__} has no argument {name!r}{hint}; its arguments are {', '.join(known)}")
         return super().__new__(cls)
 

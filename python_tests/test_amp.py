@@ -8,7 +8,7 @@ import pytest
 import torch
 from problems import Regression, relative_error
 from reference import TWINS
-from test_optimizer import LEARNING, every_stack
+from stacks import LEARNING, every_stack
 
 import hyperopt_ext as hx
 from hyperopt_ext.testing import ReferenceTower

@@ -1,0 +1,174 @@
+"""Param groups: values, stacks and policies of their own, and what is done to them from outside."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from problems import Regression
+from stacks import SGD, STACK, TENSORS, every_stack, same, values
+
+import hyperopt_ext as hx
+from hyperopt_ext import optimizer
+from hyperopt_ext.update import Group
+
+
+@every_stack
+def test_a_group_may_be_empty(stack):
+    problem, alone = Regression(4), Regression(4)
+    opt = hx.HyperOptimizer([{"params": problem.model.parameters()}, {"params": []}], stack)
+    problem.train(opt, range(4))
+    alone.train(hx.HyperOptimizer(alone.model.parameters(), stack), range(4))
+    assert same(problem, alone)
+    opt.load_state_dict(opt.state_dict())
+    assert opt.skipped_steps(1) == 0
+
+
+def test_param_groups_have_their_own_hyperparameters():
+    both, alone = Regression(20), Regression(20)
+    first, second = (list(layer.parameters()) for layer in (both.model[0], both.model[2]))
+    opt = hx.HyperOptimizer([{"params": first}, {"params": second, "lr": 1e-3, "betas": (0.8, 0.9)}], STACK)
+    assert values(opt)[0]["lr"] == 1e-2
+    assert values(opt, 1)[0] == {"lr": 1e-3, "beta1": 0.8, "beta2": 0.9, "eps": 1e-8, "weight_decay": 0.0}
+    others = [
+        hx.HyperOptimizer(alone.model[0].parameters(), STACK),
+        hx.HyperOptimizer(alone.model[2].parameters(), hx.Adam(lr=1e-3, betas=(0.8, 0.9)) / STACK[1] / STACK[2]),
+    ]
+    for i in range(20):
+        both.train(opt, range(i, i + 1))
+        for other in others:
+            other.zero_grad()
+        alone.loss(i).backward()
+        for other in others:
+            other.step()
+    assert same(both, alone)
+    assert [values(opt, 0), values(opt, 1)] == [values(other) for other in others]
+
+
+def test_a_group_may_have_a_stack_of_its_own_and_come_later():
+    problem = Regression(10)
+    opt = hx.HyperOptimizer(problem.model[0].parameters(), STACK)
+    problem.train(opt, range(5))
+    lr = opt.param_groups[0]["lr"]
+    opt.add_param_group({"params": problem.model[2].parameters(), "stack": hx.SGD(lr=0.1) / hx.SGD(lr=1e-3)})
+    before = problem.model[2].weight.detach().clone()
+    problem.train(opt, range(5, 10))
+    assert not torch.equal(problem.model[2].weight, before)
+    assert opt.param_groups[1]["lr"] != 0.1
+    assert lr == opt.param_groups[0]["lr"]  # still live
+
+
+def test_a_group_costs_as_much_as_the_one_before(monkeypatch):
+    made = []
+    monkeypatch.setattr(optimizer, "Group", lambda group: made.append(group) or Group(group))
+    opt = hx.HyperOptimizer([{"params": [torch.nn.Parameter(torch.ones(2))]} for _ in range(30)], STACK)
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+    assert len(made) == 31
+
+
+def test_a_group_that_was_taken_out_is_not_trained():
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+    opt = hx.HyperOptimizer([{"params": [p], "lr": 0.1 * (i + 1)} for i, p in enumerate(params)], SGD)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    before = [p.clone() for p in params]
+    opt.param_groups[2]["lr"] = 0.5
+    del opt.param_groups[1]
+    assert [opt.hyperparameters(i)[0]["lr"].item() for i in range(2)] == [opt.param_groups[0]["lr"].item(), 0.5]
+    opt.step()
+    assert [torch.equal(p, q) for p, q in zip(params, before, strict=True)] == [False, True, False]
+
+
+@pytest.mark.parametrize("change", [lambda params, p: params.append(p), lambda params, p: [*params, p]])
+def test_a_tensor_too_many_for_towers_of_their_own(change):
+    p, q = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    opt = hx.HyperOptimizer([p], TENSORS)
+    p.grad = q.grad = torch.ones(2)
+    opt.step()
+    group = opt.param_groups[0]
+    group["params"] = change(group["params"], q) or group["params"]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="for each of 1 tensors, but there are 2 now; use add_param_group"):
+            opt.step()
+
+
+def test_the_policy_of_a_group_can_be_changed():
+    p = torch.nn.Parameter(torch.ones(2))
+    opt = hx.HyperOptimizer([p], hx.Adam() / hx.SGD(lr=1e-5))
+    p.grad = torch.full((2,), float("nan"))
+    opt.param_groups[0]["nonfinite"] = "raise"
+    with pytest.raises(FloatingPointError):
+        opt.step()
+    opt.param_groups[0]["nonfinite"] = "ignore"
+    for _ in range(2):
+        with pytest.raises(ValueError, match="nonfinite is 'ignore', but the policies are 'hold', 'skip', 'raise'"):
+            opt.step()
+    opt.param_groups[0]["nonfinite"] = "skip"
+    opt.step()
+    assert opt.skipped_steps() == 1
+
+
+def test_a_tensor_in_the_place_of_another_has_its_tower():
+    p, q = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))
+    opt = hx.HyperOptimizer([torch.nn.Parameter(torch.ones(2)), p], TENSORS)
+    p.grad, q.grad = torch.ones(2), torch.ones(3)
+    opt.step()
+    opt.param_groups[0]["params"][1] = q
+    opt.param_groups[0]["lr"][1] = 0.5
+    opt.step()
+    torch.testing.assert_close(q.detach(), torch.full((3,), 0.5))
+
+
+def test_a_group_may_hold_entries_of_others():
+    """As of a wrapper that hands its own groups on (SAM, with a ``rho``); what looks like a mistake is a warning."""
+    p = torch.nn.Parameter(torch.ones(2))
+    with pytest.warns(UserWarning, match="Adam has no rho, which does nothing; its arguments are .*lr, betas"):
+        opt = hx.HyperOptimizer([{"params": [p], "rho": 0.05, "adaptive": False}], hx.Adam() / hx.SGD())
+    assert opt.param_groups[0]["rho"] == 0.05
+
+
+def test_a_name_that_is_nearly_an_argument_is_a_warning():
+    p = torch.nn.Parameter(torch.ones(2))
+    with pytest.warns(UserWarning, match=r"AdamW has no weigth_decay \(is it weight_decay\?\), which does") as warned:
+        hx.HyperOptimizer([{"params": [p], "weigth_decay": 0.0}], hx.AdamW() / hx.SGD())
+    assert warned[0].filename == __file__
+    for entries, name in (({"betas": (0.9, 0.9)}, "betas"), ({"amsgrad": True, 1: 2}, "amsgrad")):
+        with pytest.warns(UserWarning, match=f"SGD has no {name}, which does nothing"):
+            assert "1/SGD/lr" in repr(hx.HyperOptimizer([{"params": [p], **entries}], hx.SGD() / hx.SGD()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hx.HyperOptimizer(torch.optim.Adam([{"params": [p]}]).param_groups, hx.Adam() / hx.SGD())
+
+
+@pytest.mark.parametrize(
+    ("level", "names"),
+    [
+        (hx.Adam(learn="lr", horizon=100), "learn, horizon"),
+        (hx.SGD(normalize=True), "normalize"),
+        (hx.SGD(learn="weight_decay"), "learn"),
+        (hx.Wrap(torch.optim.Muon, learn="weight_decay"), "learn"),
+    ],
+    ids=str,
+)
+def test_a_level_that_nothing_tunes_though_it_says_how_is_a_warning(level, names):
+    params = [torch.nn.Parameter(torch.ones(2, 2))]
+    with pytest.warns(UserWarning, match=f"{level}: nothing heeds {names}, since no level stands above"):
+        hx.HyperOptimizer(params, level)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hx.HyperOptimizer(params, level / hx.SGD())
+        hx.HyperOptimizer(params, hx.Adam(learn=(), trust=0.1, bounds={"lr": (0.0, 1.0)}))
+        for alone in (hx.Wrap(torch.optim.Muon), hx.SGD(learn="lr"), hx.compat.gdtuo.Adam()):
+            hx.HyperOptimizer(params, alone)
+
+
+def test_a_group_keeps_its_stack():
+    problem = Regression(2)
+    opt = hx.HyperOptimizer(problem.model.parameters(), STACK)
+    opt.param_groups[0]["stack"] = hx.Stack.coerce(hx.Adam())
+    with pytest.raises(ValueError, match="its stack stays what it is"):
+        problem.train(opt, range(1))
+    problem.train(opt, range(2))
+    opt.load_state_dict(opt.state_dict())

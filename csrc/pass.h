@@ -78,7 +78,7 @@ struct Backend {
   // One step with given values: the new parameters and the new state go to `outputs`, in this order.
   void (*update)(const Rule&, const Inputs&, at::TensorList outputs);
 
-  // sums, float64 [hypers] = d <grad_params, updated params> / d hyper.
+  // sums, float64 [hypers], which are zeros: d <grad_params, updated params> / d hyper.
   void (*backward)(const Rule&, at::TensorList grad_params, const Inputs&, const at::Tensor& sums);
 
   // The same for <grad_params, updated params> + <grad_state, updated state>, with its derivatives with respect to each

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -82,8 +82,10 @@ def auto(
 
 def _within_bounds(lr: float | None, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments, and the largest lr that their bounds allow if none was given."""
-    bounds = (arguments.get("bounds") or {}).get("lr")
-    return {**arguments, "lr": bounds[1]} if lr is None and bounds is not None else arguments
+    bounds = arguments.get("bounds")
+    pair = bounds.get("lr") if isinstance(bounds, Mapping) else None
+    largest = pair[-1] if isinstance(pair, Sequence) and pair else None  # what else is wrong with it, Level says
+    return {**arguments, "lr": largest} if lr is None and is_number(largest) else arguments
 
 
 def sgd_hd(lr: float, hyper_lr: float = 1e-6) -> Stack:

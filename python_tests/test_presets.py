@@ -84,6 +84,8 @@ def test_the_first_step_sets_lr():
         (lambda p: hx.auto(p, lr=0.0), ValueError, "auto: lr must be greater than 0"),
         (lambda p: hx.auto(p, lr=-1.0), ValueError, "auto: lr must be greater than 0"),
         (lambda p: hx.auto(p, lr="fast"), TypeError, "auto: lr must be a number"),
+        (lambda p: hx.auto(p, bounds=[1e-3]), TypeError, "Adam: bounds must be a dict such as"),
+        (lambda p: hx.auto(p, bounds={"lr": 5}), ValueError, r"Adam: bounds\['lr'\] must be two numbers"),
         (lambda p: hx.auto(p, momentum=0.9), TypeError, "Adam has no argument 'momentum'; its arguments are lr, betas"),
     ],
 )

@@ -59,6 +59,12 @@ ROWS: list[tuple[str, float | None, str]] = [
     ("hx.auto", None, "hx.auto(params)"),
     ('hx.auto, base="sgd"', None, 'hx.auto(params, "sgd")'),
 ]
+# What else the paper may mean by AdaBelief: in the table, and not in the figure.
+READINGS: list[tuple[str, float | None, str]] = [
+    ("AdaBelief, lr = 0.001", 39.0, adabelief(0.001)),
+    ("AdaBelief, eps = 1e-16", 39.0, adabelief(0.01, 1e-16)),
+    ("AdaBelief, eps = 1e-16, rectified", 39.0, adabelief(0.01, 1e-16, rectify=True)),
+]
 
 
 class UNet(nn.Module):
@@ -158,7 +164,7 @@ def summary(results: list[Result]) -> dict[str, Any]:
 
 def collect(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One entry for each row of the table."""
-    rows = [ROWS[1], ROWS[-2]] if options.quick else ROWS
+    rows = [ROWS[1], ROWS[-2]] if options.quick else [*ROWS, *READINGS]
     ours = {name: runs(spec, "optimizer" if "params" in spec else "hyperopt_ext", options) for name, _, spec in rows}
     theirs = {name: runs(spec.replace("gdtuo.", ""), "package", options) for name, _, spec in rows if "hx." not in spec}
     result = sweep(
@@ -197,6 +203,8 @@ def draw(entries: list[dict[str, Any]], options: argparse.Namespace) -> Figure:
     )
     families = ("SGD", "Adam", "AdaBelief", "AMSGrad", "hx.auto")
     styles = dict(zip(families, ("C0", "C1", "C2", "C3", "k"), strict=True))
+    readings = {name for name, _, _ in READINGS}
+    entries = [entry for entry in entries if entry["row"] not in readings]
     lines: dict[str, int] = {}
     for entry in entries:
         family = entry["row"].partition(" / ")[0].partition(",")[0]

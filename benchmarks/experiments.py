@@ -263,6 +263,8 @@ def sweep(
     torch.set_num_threads(1)
     log, todo = Log(options.out / f"{name}.jsonl"), list(dict.fromkeys(runs))
     missing = [run for run in todo if run not in log]
+    if missing:
+        load(options.data)  # what is wrong with the folder is said once, and here
     progress = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     # A forked worker would inherit the locks of torch's threads.
     pool = ProcessPoolExecutor(options.jobs, get_context("spawn"), _start_worker, (load, options.data))

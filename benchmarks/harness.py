@@ -17,6 +17,7 @@ import platform
 import random
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -200,16 +201,30 @@ def _cpu_model() -> str:
     return platform.processor() or "unknown"
 
 
+_RESULTS = Path(__file__).parent / "results"
+
+
+class _Quick(argparse.Action):
+    """Sets the flag; what is made quickly does not replace the results."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
+        namespace.quick = True
+        if namespace.out == _RESULTS:
+            namespace.out = Path(tempfile.mkdtemp(prefix="hyperopt_ext_"))
+
+
 def common_options() -> argparse.ArgumentParser:
     """The options that every script has; a parent for its own parser."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--quick", action="store_true", help="a small selection, to see that it works")
+    parser.add_argument(
+        "--quick", action=_Quick, nargs=0, default=False, help="a small selection, to see that it works"
+    )
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path(__file__).parent / "results",
+        default=_RESULTS,
         metavar="FOLDER",
-        help="where the JSON and the PNG go (default: results, next to the script)",
+        help="where the JSON and the PNG go (default: results, next to the script; with --quick, a temporary folder)",
     )
     return parser
 

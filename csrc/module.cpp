@@ -123,10 +123,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "tower_offsets",
       [](const Plan& plan) {
+        std::vector<double> numbers(std::size_t(tower_width(plan.data(), levels(plan))));
         std::vector<std::array<std::int64_t, 3>> offsets;
         for (int k = 0; k < levels(plan); ++k) {
           const std::int64_t* const level = plan.data() + k * kPlanColumns;
-          double* const start = nullptr;
+          double* const start = numbers.data();
           const LevelRow row(start + level[kStart], int(level[kHypers]), 0, 0);
           offsets.push_back({row.live - start, row.bounded - start, row.used - start});
         }

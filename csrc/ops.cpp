@@ -452,8 +452,11 @@ void define_vjp(const Rule& rule) {
 
 }  // namespace
 
-bool is_defined(const std::string& name) {
-  return c10::Dispatcher::singleton().findSchema({std::string(kNamespace) + "::" + name, ""}).has_value();
+bool is_defined(const std::string& rule) {
+  for (const char* suffix : {"", "_hypergradient", "_norms", "_step_", "_settle_", "_backward", "_vjp"})
+    if (c10::Dispatcher::singleton().findSchema({std::string(kNamespace) + "::" + rule + suffix, ""}).has_value())
+      return true;
+  return false;
 }
 
 void define_ops(const Rule& rule) {

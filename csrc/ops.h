@@ -10,8 +10,8 @@ namespace hyperopt_ext {
 // Defines the operators of a rule; ops.cpp lists them.
 void define_ops(const Rule& rule);
 
-// Whether there is an operator of this name.
-bool is_defined(const std::string& name);
+// Whether one of the operators of a rule of this name is there.
+bool is_defined(const std::string& rule);
 
 // Defines tower_, the operator that all rules share.
 void define_tower_ops();

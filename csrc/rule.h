@@ -89,8 +89,8 @@ HX_FN Dual<double, S & bit(I)> get(const Hypers<S>& h) {
   return result;
 }
 
-// What prepare() and advance() return. Where it is used, a structured binding gives the values their names. It is no
-// std::tuple, whose constructors are functions of the host: nvcc leaves out, without a word, what they should do.
+// What prepare() and advance() return. Where it is used, a structured binding gives the values their names. Not
+// std::tuple: its constructors are host functions, and nvcc silently drops such calls from device code.
 template <class... D>
 struct Pack {};
 template <class First, class... Rest>
@@ -153,7 +153,7 @@ struct MaskOf<Pack<S...>> {
 
 // A constant, for each of a list of indices.
 template <std::size_t>
-struct ConstantAt {  // not an alias, whose unused parameter nvcc loses
+struct ConstantAt {  // a class: nvcc drops the unused parameter of an alias template
   using type = Dual<double, 0>;
 };
 

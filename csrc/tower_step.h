@@ -43,15 +43,26 @@ HX_FN double clamp(double x, double low, double high) {
   return x < low ? low : x > high ? high : x;
 }
 
+// The coordinate nearest to x that has a value of its own: exp(-700) is about 1e-304, still a normal double.
+HX_FN double within(Space space, double x) {
+  switch (space) {
+    case Space::log:
+    case Space::multiplicative:
+    case Space::softplus: return clamp(x, -700.0, kInfinity);
+    case Space::tanh: return clamp(x, -350.0, 20.0);
+    default: return x;
+  }
+}
+
 // Always finite: an end of the range that no finite coordinate reaches (beta = 0 under tanh) maps to a coordinate where
 // the slope vanishes. `h` lies in the range of the coordinate.
 HX_FN double coordinate_of(Space space, double h) {
   switch (space) {
     case Space::log:
-    case Space::multiplicative: return clamp(std::log(h), -700.0, kInfinity);
+    case Space::multiplicative: return within(space, std::log(h));
     case Space::square: return std::sqrt(h);
-    case Space::softplus: return h + clamp(std::log(-std::expm1(-h)), -700.0, kInfinity);
-    case Space::tanh: return clamp(0.5 * std::log(h / (1.0 - h)), -350.0, 20.0);
+    case Space::softplus: return h + within(space, std::log(-std::expm1(-h)));
+    case Space::tanh: return within(space, 0.5 * std::log(h / (1.0 - h)));
     default: return h;
   }
 }
@@ -140,7 +151,7 @@ HX_FN void fade(const Level& above, double step, int begin, int end) {
   const double keep = keep_of(above, step);
   for (int k = begin * above.row.hypers; k < end * above.row.hypers; ++k) {
     double& t = above.row.tangents[k];
-    t = keep == 0.0 ? 0.0 : keep * t;
+    t = keep == 0.0 || !is_finite(t) ? 0.0 : keep * t;
   }
 }
 
@@ -163,23 +174,24 @@ HX_FN void move(const Call& call, const Level& level, const Level& above, double
     double moved = x[j], slope = 1.0;
     if (level.space(i) == Space::multiplicative) {
       const double factor = 1.0 + (moved - r.x[i]);
-      moved = factor > 0.0 ? r.x[i] + std::log(factor) : coordinate_of(Space::log, 0.0);
+      moved = factor > 0.0 ? r.x[i] + std::log(factor) : std::numeric_limits<double>::lowest();
       slope = factor > 0.0 ? 1.0 / factor : 0.0;
     }
     double* const tangents = above.row.tangents + (begin + j) * columns;
     for (int k = 0; k < columns; ++k) {
-      const double t = slope * fresh[j * columns + k];
-      tangents[k] = keep == 0.0 ? t : keep * tangents[k] + t;
+      double t = slope * fresh[j * columns + k];
+      if (keep != 0.0) t += keep * tangents[k];
+      tangents[k] = is_finite(t) ? t : 0.0;  // as eps = 0 makes it where the gradient is 0: else no trace would recover
     }
     ++j;
     if (moved == r.x[i] || !is_finite(moved)) continue;
-    const double value = value_at(level.space(i), moved);
+    const double reached = within(level.space(i), moved), value = value_at(level.space(i), reached);
     double kept = clamp(value, level.bounds[2 * i], level.bounds[2 * i + 1]);
     const double most = level.settings[kGrowth] * std::fabs(r.live[i]);  // an lr with wide bounds may be negative
     if (level.is_lr(i) && is_finite(level.settings[kGrowth])) kept = clamp(kept, -most, most);
     if (!is_finite(kept)) continue;
-    r.x[i] = kept == value ? moved : coordinate_of(level.space(i), kept);
-    r.bounded[i] += kept == value ? 0.0 : 1.0;
+    r.x[i] = kept == value ? reached : coordinate_of(level.space(i), kept);
+    r.bounded[i] += kept == value && reached == moved ? 0.0 : 1.0;
     r.live[i] = kept;
   }
 }
@@ -211,7 +223,8 @@ HX_FN Products products_of(const TowerView& tower, const Scratch& scratch, int k
     const std::int64_t hypers = tower.level(0)[kHypers];
     const double* const own = tower.sums + row * (2 * hypers + 1);
     const double gg = own[2 * hypers];
-    return {own[hyper], own[hypers + hyper], gg < 0.0 ? 0.0 : gg};
+    if (!is_finite(gg) || gg < 0.0) return {};  // a row that sits the step out
+    return {own[hyper], own[hypers + hyper], gg};
   }
   const LevelRow r = tower.row_of(row, k);
   const double* const below = scratch.exact + row * scratch.learned + tower.level(k - 1)[kGradient];
@@ -291,8 +304,10 @@ HX_FN void differentiate(const Team& team, const TowerView& tower, const Scratch
           const double schedule = k == 0 && level.is_lr(i) ? head[kScheduled] : 1.0;
           if (level.is_lr(i)) slope *= learned_part(level, head[k == 0 ? kTicks : kMoves]) * schedule;
           const double g = slope * p.gz;
-          const double cosine = p.gz == 0.0 || schedule == 0.0 ? 0.0 : p.gz / (std::sqrt(p.zz) * std::sqrt(p.gg));
-          const double a = level.settings[kNormalize] != 0.0 ? cosine : g;
+          // Squares may underflow where products do not.
+          const double norm = schedule == 0.0 ? 0.0 : std::sqrt(p.zz) * std::sqrt(p.gg);
+          const double cosine = norm == 0.0 ? 0.0 : clamp(p.gz / norm, -1.0, 1.0);
+          const double a = level.settings[kNormalize] == 0.0 ? g : slope < 0.0 ? -cosine : cosine;
           const std::int64_t at = row * scratch.learned + level.plan[kGradient] + position(learn, i);
           scratch.exact[at] = g;
           scratch.applied[at] = a;
@@ -305,10 +320,13 @@ HX_FN void differentiate(const Team& team, const TowerView& tower, const Scratch
     team.each([&](int worker) {
       for (std::int64_t row = worker; row < tower.rows; row += Team::kWorkers) {
         double* const g = scratch.applied + row * scratch.learned + tower.level(k)[kGradient];
-        double square = 0.0;
-        for (int j = 0; j < count(learn); ++j) square += g[j] * g[j];
-        if (std::sqrt(square) > most)
-          for (int j = 0; j < count(learn); ++j) g[j] *= most / std::sqrt(square);
+        double largest = 0.0, square = 0.0;
+        for (int j = 0; j < count(learn); ++j) largest = std::fabs(g[j]) > largest ? std::fabs(g[j]) : largest;
+        if (largest == 0.0 || !is_finite(largest)) continue;
+        for (int j = 0; j < count(learn); ++j) square += (g[j] / largest) * (g[j] / largest);
+        const double norm = std::sqrt(square);  // in units of the largest, so that no square overflows
+        if (largest > most / norm)
+          for (int j = 0; j < count(learn); ++j) g[j] = g[j] / largest * (most / norm);
       }
     });
   }
@@ -347,7 +365,7 @@ HX_FN void decide(const Team& team, const TowerView& tower, const Scratch& scrat
       head[kMoves] += moves ? 1.0 : 0.0;
       head[kSkipped] += skips ? 1.0 : 0.0;
       head[kHeld] += moving && !finite ? 1.0 : 0.0;
-      head[kArrived] = 0.0;  // it is, unless a pass was broken off
+      head[kArrived] = 0.0;  // already 0, unless a kernel of the last pass failed
       if (row == 0) continue;
       for (int k = 0; k < tower.levels; ++k) {  // what the user wrote to a shared level stands in the first row
         if (!is_shared(tower, k)) continue;
@@ -405,14 +423,15 @@ HX_FN void cap(const TowerView& tower, std::int64_t row) {
   const LevelRow& r = level.row;
   const double update = std::fabs(r.used[lr]) * std::sqrt(norms[0]), elements = norms[2];
   const double size = std::sqrt(norms[1]), least = kSmallestRms * std::sqrt(elements);
-  // What is learned would make up for the factor of a warm-up else.
+  // Without this factor, the learned lr would grow until it cancels that of a warm-up.
   const double schedule = tower.header(row)[kScheduled], factor = std::fabs(schedule) < 1.0 ? std::fabs(schedule) : 1.0;
   const double most = level.settings[kTrust] * factor * (size < least ? least : size);
   if (!(update > most)) return;
   r.used[lr] *= most / update;
   r.bounded[lr] += 1.0;
   const double allowed = r.used[lr] / schedule;
-  if (!level.learns(lr) || std::fabs(r.live[lr]) <= std::fabs(allowed)) return;
+  // An update whose norm overflows is not made, and says nothing about the lr to learn.
+  if (!is_finite(update) || !level.learns(lr) || std::fabs(r.live[lr]) <= std::fabs(allowed)) return;
   r.live[lr] = r.seen[lr] = allowed;
   r.x[lr] = coordinate_of(level.space(lr), allowed);
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -104,7 +105,7 @@ def built_in_rules(folder: Path, rules: Iterable[tuple[str, str]]) -> Path:
 def missing_compiler() -> str | None:
     """What to do about a compiler that is not there."""
     compiler = cpp_extension.get_cxx_compiler()  # type: ignore[no-untyped-call]
-    if shutil.which(compiler) is not None:
+    if shutil.which(shlex.split(compiler)[0]) is not None:
         return None
     return (
         f"rules are compiled by a C++17 compiler, and there is no '{compiler}' here. Install one (on Debian: apt-get "

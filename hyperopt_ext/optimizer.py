@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hyperopt_ext import _C, distributed
 from hyperopt_ext.export import export
@@ -85,8 +86,9 @@ class HyperOptimizer(Optimizer):
         maximize: maximise the objective instead of minimising it; for the whole tower. Default: False.
         nonfinite: what happens where a number is not finite. ``"hold"``: because of a gradient the group sits the step
             out, because of a hypergradient only the tower does. ``"skip"``: because of either, the group sits the step
-            out. ``"raise"``: before anything is changed, a ``FloatingPointError`` (which makes the host wait for the
-            device at every step). Default: ``None``, as ``"hold"`` if something is learned; a stack of one level does
+            out. ``"raise"``: a ``FloatingPointError`` before anything is changed, because of a gradient or a
+            hypergradient of the first level (which makes the host wait for the device at every step), and else as
+            ``"skip"``. Default: ``None``, as ``"hold"`` if something is learned; a stack of one level does
             what ``torch.optim`` does.
         shard_group: the processes that share the parameters out, if the parameters do not show it: each was given other
             ones (ZeRO, stages of a pipeline), or parts of them as plain tensors (FSDP1). Their sums are added up, so
@@ -176,22 +178,36 @@ class HyperOptimizer(Optimizer):
         return stack
 
     def hyperparameters(self, group: int = 0) -> list[dict[str, Tensor]]:
-        """The current values in a param group, one dict a level, level 0 first: live float64 tensors.
+        """The current values in a param group, as live tensors.
 
-        They have no dimension, or, of a level with ``granularity="tensor"``, one number for each parameter.
-        Write to them by ``fill_()`` or ``copy_()``. Every step changes them: keep ``float(t)`` or ``t.clone()``.
+        Write to them by ``fill_()`` or ``copy_()``; to assign to a key of a dict changes nothing. Every step changes
+        them: keep ``float(t)`` or ``t.clone()``.
+
+        Args:
+            group: number of the param group. Default: 0.
+
+        Returns:
+            One dict a level, level 0 first, of float64 tensors on the device of the parameters: of no dimension, or,
+            of a level with ``granularity="tensor"``, [parameters].
+
+        Raises:
+            IndexError: there is no such group.
         """
         return [dict(level) for level in self._group(group).hyperparameters]
 
     def in_use(self, group: int = 0) -> list[dict[str, Tensor]]:
         """The values that the most recent update was made with, as :meth:`hyperparameters` gives the learned ones.
 
-        They differ where a scheduler or ``converge`` stands between the two, and in what ``trust`` lowers.
+        They differ where a scheduler or ``converge`` stands between the two, and in what ``trust`` lowers. Before the
+        first step they are the start values; what is written to a hyperparameter shows after the next step.
         """
         return [dict(level) for level in self._group(group).used]
 
     def skipped_steps(self, group: int = 0) -> Tensor:
-        """How many steps changed nothing, because a number was not finite: live, float64, 0-d, or one a tensor."""
+        """How many steps changed nothing, because a number was not finite.
+
+        Live, float64, of no dimension, or [parameters] with ``granularity="tensor"``. It only grows.
+        """
         return self._group(group).count(_C.SKIPPED)
 
     def held_steps(self, group: int = 0) -> Tensor:
@@ -245,9 +261,13 @@ class HyperOptimizer(Optimizer):
         """One step of every level, from the gradients in ``p.grad``.
 
         Args:
-            closure: evaluates the model again and returns the loss.
+            closure: evaluates the model again and returns the loss; called once, with gradients enabled.
+
+        Returns:
+            What ``closure`` returned, or None.
 
         Raises:
+            FloatingPointError: with ``nonfinite="raise"``. Nothing is changed then.
             ValueError: a gradient is sparse, or does not match its parameter in shape, dtype or device. Nothing is
                 changed then.
             RuntimeError: under ``torch.export``, or compiled with ``nonfinite="raise"``.
@@ -401,6 +421,12 @@ class HyperOptimizer(Optimizer):
                 f"{stack[0]}: nothing heeds {', '.join(names)}, since no level stands above, as in "
                 "hx.Adam(lr=1e-3) / hx.SGD(lr=1e-5)"
             )
+        names = [name for name in stack[-1].tuning() if name != "learn"]
+        if len(stack) > 1 and names and not any(level.tuning() for level in stack.levels[:-1]):
+            _warn(
+                f"{stack[-1]!r}: nothing heeds {', '.join(names)}, since no level stands above; an argument belongs to "
+                "the level whose hyperparameters are tuned, here one to the left"
+            )
         return stack
 
     @staticmethod
@@ -411,11 +437,16 @@ class HyperOptimizer(Optimizer):
             name, p = entry if isinstance(entry, tuple) else (f"params[{i}]", entry)
             if not isinstance(p, Tensor):
                 continue  # torch.optim.Optimizer says what is wrong
-            if p.dtype not in _DTYPES:
+            if (p.requires_grad or p.is_complex()) and p.dtype not in _DTYPES:
                 known = ", ".join(str(dtype) for dtype in _DTYPES)
                 raise TypeError(f"params: {name} is {p.dtype}, but only {known} can be trained")
-            if p.layout != torch.strided:
+            if p.requires_grad and p.layout != torch.strided:
                 raise TypeError(f"params: {name} is {p.layout}, but only dense parameters are supported")
+            if p.requires_grad and is_traceable_wrapper_subclass(p) and not distributed.is_dtensor(p):
+                kind = type(p.data).__name__
+                raise TypeError(
+                    f"params: {name} is a {kind}, which is made of other tensors; of those, only DTensors are supported"
+                )
             if p in seen:
                 raise ValueError(f"params: {name} is the same parameter as params[{seen[p]}]; list each one once")
             if seen and p.device != device:

@@ -41,9 +41,10 @@ def auto(
 
     The logarithm of lr follows the cosine between the gradient and the trace of the updates of the last steps: it grows
     as long as the updates of the recent past turn out to have been too short, and shrinks when they went too far. No
-    update is larger than a small part of the parameters (``trust``), which sets the first lr and makes any other first
-    lr harmless. The horizon is 125 steps (of SGD 400), or a quarter of all steps if that is more: a short one anneals
-    lr early, in a long and noisy training too early.
+    update is larger than a small part of the parameters (``trust``), which sets the first lr and makes any larger one
+    harmless; a smaller one has to grow first, which costs a short training some of its steps. The horizon is 125 steps
+    (of SGD 400), or a quarter of all steps if that is more: a short one anneals lr early, in a long and noisy training
+    too early.
 
     It is the stack ``Adam(betas=(0.9, 0.99), learn="lr", space={"lr": "log"}, normalize=True, horizon=(125, 0.25),
     trust=0.03) / SGD(lr=0.2, momentum=0.9, dampening=0.9)``, or AdamW in the place of Adam, or ``SGD(momentum=0.9,
@@ -67,13 +68,17 @@ def auto(
     """
     if is_number(base):
         raise TypeError(f"auto: base must be one of {', '.join(map(repr, _BASES))}, not {base!r}; write lr={base!r}")
-    if str(base).lower() not in _BASES:
+    if not isinstance(base, str):
+        raise TypeError(
+            f"auto: base must be one of {', '.join(map(repr, _BASES))}, not {base!r}; its arguments follow it"
+        )
+    if base.lower() not in _BASES:
         raise ValueError(f"auto: base is {base!r}, but the bases are {', '.join(map(repr, _BASES))}")
     if lr is not None and not is_number(lr):
         raise TypeError(f"auto: lr must be a number or None, not {lr!r}")
     if lr is not None and not lr > 0:
         raise ValueError(f"auto: lr must be greater than 0, since its logarithm is learned, not {lr!r}")
-    name = str(base).lower()
+    name = base.lower()
     level = _BASES[name].replace(**({} if lr is None else {"lr": lr}), **_within_bounds(lr, arguments))
     if lr is None and level.trust is None:
         raise ValueError("auto: without trust, nothing sets the first lr; give one, as lr=1e-3")

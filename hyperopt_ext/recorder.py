@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -214,7 +215,7 @@ class Recorder:
                         result[place + name + _IN_USE] = used[name]
         return result
 
-    def plot(self, path: str | None = None) -> Figure:
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """All curves over the steps, as a ``matplotlib`` figure, saved if there is a ``path``.
 
         One panel for each hyperparameter; the value in use, where it is another one, is the dashed line.
@@ -267,15 +268,17 @@ class Recorder:
             writer: a ``torch.utils.tensorboard.SummaryWriter``, or anything with its ``add_scalar``.
             prefix: of each tag. Default: ``"hyperparameters/"``.
         """
-        steps = self.steps.tolist()
-        for name, curve in self.curves().items():
-            tag = prefix + name
+        if len(self) == self._written:
+            return
+        steps = self.steps[self._written :].tolist()
+        for name, whole in self.curves().items():
+            tag, curve = prefix + name, whole[self._written :]
             curves = {tag: curve}
             if curve.dim() > 1:
                 of = {"median": curve.quantile(0.5, dim=1), "min": curve.amin(1), "max": curve.amax(1)}
                 curves = {f"{tag}/{kind}": values for kind, values in of.items()}
             for key, values in curves.items():
-                for step, value in list(zip(steps, values.tolist(), strict=True))[self._written :]:
+                for step, value in zip(steps, values.tolist(), strict=True):
                     writer.add_scalar(key, value, step)
         self._written = len(self)
 

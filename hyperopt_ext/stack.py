@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, MISSING, Field, dataclass, field, fields, replace
 from difflib import get_close_matches
 from itertools import pairwise
@@ -11,6 +11,7 @@ from numbers import Integral, Real
 from typing import Any, ClassVar, NoReturn, TypeGuard
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from hyperopt_ext import _C
@@ -61,8 +62,8 @@ class Level:
     """One level of a tower: an update rule, the start values of its hyperparameters, and how they are tuned.
 
     Args:
-        learn: names of the hyperparameters that the level above tunes, one name or several; ``None`` is all that
-            Chandra et al. (NeurIPS 2022) tune for the rule, ``()`` is none. The top level of a stack has nothing above
+        learn: names of the hyperparameters that the level above tunes, one name or several; ``()`` is none. Default:
+            ``None``, those that the class lists under "Learned by default". The top level of a stack has nothing above
             it: its hyperparameters stay fixed.
         space: for each name, the coordinate x in which it is moved: ``"linear"`` (h = x), ``"log"`` (h = exp x),
             ``"square"`` (h = x²), ``"softplus"`` (h = log(1 + exp x)), ``"tanh"`` (h = (tanh x + 1) / 2, the paper's
@@ -86,9 +87,9 @@ class Level:
             their product, a number in [-1, 1] that no scale enters (Baydin et al., ICLR 2018, multiplicative rule).
             Default: False.
         clip: the norm to which the hypergradient of this level is clipped, > 0 (Pascanu et al., ICML 2013). Default:
-            None, none.
+            None, no clipping.
         growth: the factor, > 1, by which a learned lr grows at most in one step (as in D-Adaptation: Defazio &
-            Mishchenko, ICML 2023). Default: None, any.
+            Mishchenko, ICML 2023). Default: None, no limit.
         trust: tau > 0, of the first level: lr is lowered where the norm of an update would exceed tau times the norm of
             the parameters, which LARS (You et al., 2017) and LAMB (You et al., ICLR 2020) measure steps by, from the
             first step on. Parameters whose root mean square is below 1e-3 count as if it were that, so that zeros can
@@ -162,6 +163,11 @@ class Level:
         return {h["name"]: getattr(self, h["name"]) for h in RULES[self.rule]["hypers"]}
 
     def __new__(cls, *args: Any, **arguments: Any) -> Level:
+        if args and isinstance(args[0], Iterable | torch.nn.Module) and not isinstance(args[0], str | Tensor):
+            raise TypeError(
+                f"{cls.__name__} is a level of a stack, and takes no parameters: write "
+                f"hx.HyperOptimizer(params, hx.{cls.__name__}(lr=...) / ...)"
+            )
         every = {f.name for f in fields(Level)}
         known = sorted((f.name for f in fields(cls)), key=lambda name: name in every)  # the method's own come first
         for name in arguments:
@@ -204,9 +210,10 @@ class Level:
         if isinstance(self.horizon, list):
             object.__setattr__(self, "horizon", tuple(self.horizon))
         horizon = self.horizon if isinstance(self.horizon, tuple) else (self.horizon, 0.0)
-        if len(horizon) != 2 or not is_number(horizon[1]) or not 0 <= horizon[1] < math.inf:
+        if len(horizon) != 2 or not is_number(horizon[1]) or not 0 <= horizon[1] <= 1:
             raise ValueError(
-                f"{me}: horizon must be a number of steps, or (steps, part >= 0) as (100, 0.25), not {self.horizon!r}"
+                f"{me}: horizon must be a number of steps, or (steps, part of all steps, up to 1) as (100, 0.25), not "
+                f"{self.horizon!r}"
             )
         for name, value, least in [("horizon", horizon[0], 1), ("burn_in", self.burn_in, 0)]:
             if isinstance(value, bool) or not isinstance(value, Integral) or value < least:

@@ -52,6 +52,25 @@ class ZeroRedundancyOptimizer(torch.distributed.optim.ZeroRedundancyOptimizer):
             nonfinite=nonfinite,
         )
 
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """As in torch.optim. A scheduler finds an lr of its own, as in :class:`HyperOptimizer`."""
+        groups: list[dict[str, Any]] = self.__dict__["param_groups"]
+        if not hasattr(self, "optim"):  # while torch's class is made
+            return groups
+        inner = self.optim.param_groups
+        new = [i for i, own in enumerate(inner) if "initial_lr" in groups[i] and "initial_lr" not in own]
+        for i in new:
+            inner[i]["initial_lr"] = groups[i]["initial_lr"]
+        for i, own in enumerate(self.optim.param_groups if new else ()):  # read anew, which tells the towers
+            if i in new:
+                groups[i].update(lr=own["lr"], initial_lr=own["initial_lr"])
+        return groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.__dict__["param_groups"] = groups
+
     def hyperparameters(self, group: int = 0) -> list[dict[str, Tensor]]:
         """As in :class:`HyperOptimizer`; the same on all processes."""
         hyperparameters: list[dict[str, Tensor]] = self.optim.hyperparameters(group)

@@ -15,6 +15,7 @@ import re
 import runpy
 import sys
 import traceback
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from unittest import mock
@@ -24,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from problems import Regression, relative_error
+from test_schedulers import SCHEDULERS
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -277,6 +279,26 @@ def zero():
                 assert_equal_to(alone(stack, 20), a, b)
             train(single, unsharded, range(10, 20))
             assert_equal_to((single.model, unsharded), model, opt)
+
+
+@check(2)
+def zero_with_schedulers():
+    """A scheduler is made for the groups of all processes, and scales what the tower of each has learned."""
+    for stack in (STACKS["adamw"], hx.SGD(lr=0.02) / hx.SGD(lr=1e-5)):
+        for schedule in SCHEDULERS.values():
+            problem, single = Half(12), Regression(12)
+            model = DistributedDataParallel(problem.model)
+            opt = ZeroRedundancyOptimizer(model.parameters(), stack)
+            other = hx.HyperOptimizer(single.model.parameters(), stack)
+            scheduler, expected = schedule(opt), schedule(other)
+            for i in range(12):
+                train(problem, opt, [i], model)
+                train(single, other, [i])
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # SequentialLR uses what torch has deprecated
+                    scheduler.step()
+                    expected.step()
+            assert_equal_to((single.model, other), model, opt)
 
 
 @check(2)

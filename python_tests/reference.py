@@ -202,7 +202,8 @@ class _Set:
             exact[name] = gz * slope * (self.delta if name == "lr" else 1.0)
             applied[name] = exact[name]
             if self.level.normalize:
-                applied[name] = gz / (zz.sqrt() * gg.sqrt()) if gz != 0 else torch.zeros_like(gz)
+                cosine = gz / (zz.sqrt() * gg.sqrt()) if gz != 0 else torch.zeros_like(gz)
+                applied[name] = -cosine if slope < 0 else cosine
         norm = sum((g.square() for g in applied.values()), torch.zeros((), dtype=torch.float64)).sqrt()
         if self.level.clip is not None and norm > self.level.clip:
             applied = {name: g * self.level.clip / norm for name, g in applied.items()}

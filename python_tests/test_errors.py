@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from problems import Regression
+from torch.testing._internal.two_tensor import TwoTensor
 
 import hyperopt_ext as hx
+from hyperopt_ext import _C
 from hyperopt_ext.compat import gdtuo
 
 P = torch.nn.Parameter
@@ -20,7 +22,8 @@ NAN = float("nan")
 
 
 def param(*shape, **kw):
-    return P(torch.zeros(shape or (2,), **kw), requires_grad=False)
+    p = P(torch.zeros(shape or (2,), **kw), requires_grad=False)
+    return p.requires_grad_() if p.is_floating_point() or p.is_complex() else p
 
 
 @pytest.mark.parametrize(
@@ -32,6 +35,13 @@ def param(*shape, **kw):
         (lambda: hx.Adam(lr="fast"), TypeError, "Adam: lr must be a number"),
         (lambda: hx.Adam(lr=torch.tensor(0.1)), TypeError, "Adam: lr must be a number"),
         (lambda: hx.Adam(lr=True), TypeError, "Adam: lr must be a number"),
+        (
+            lambda: hx.Adam([param()], lr=0.1),
+            TypeError,
+            r"takes no parameters: write hx.HyperOptimizer\(params, hx.Adam",
+        ),
+        (lambda: hx.SGD(torch.nn.Linear(1, 1).parameters()), TypeError, "SGD is a level of a stack"),
+        (lambda: hx.Adam(horizon=(100, 25)), ValueError, "part of all steps, up to 1"),
         (lambda: hx.Adam(eps=-1e-8), ValueError, "Adam: eps"),
         (lambda: hx.Adam(eps=NAN), ValueError, "Adam: eps"),
         (lambda: hx.Adam(betas=(1.0, 0.9)), ValueError, "Adam: beta1 must be in .0, 1"),
@@ -167,9 +177,21 @@ def param(*shape, **kw):
         (lambda: hx.HyperOptimizer([param()], 1e-3), TypeError, "stack must be a level or a stack"),
         (lambda: hx.HyperOptimizer([param()], hx.Adam), TypeError, "stack must be a level or a stack"),
         (lambda: hx.HyperOptimizer([], hx.Adam()), ValueError, "empty parameter list"),
-        (lambda: hx.HyperOptimizer([param(dtype=torch.int64)], hx.Adam()), TypeError, r"params\[0\] is torch.int64"),
-        (lambda: hx.HyperOptimizer([param(dtype=torch.complex64)], hx.Adam()), TypeError, "complex64"),
-        (lambda: hx.HyperOptimizer([("w", param(dtype=torch.bool))], hx.Adam()), TypeError, "params: w is torch.bool"),
+        (
+            lambda: hx.HyperOptimizer([param(dtype=torch.complex64)], hx.Adam()),
+            TypeError,
+            r"params\[0\] is torch.complex64",
+        ),
+        (
+            lambda: hx.HyperOptimizer([("w", param(dtype=torch.cfloat))], hx.Adam()),
+            TypeError,
+            "params: w is torch.complex",
+        ),
+        (
+            lambda: hx.HyperOptimizer([P(TwoTensor(torch.ones(2), torch.ones(2)))], hx.SGD()),
+            TypeError,
+            "is a TwoTensor",
+        ),
         (lambda: hx.HyperOptimizer([P(torch.eye(2).to_sparse())], hx.Adam()), TypeError, "only dense"),
         (lambda: hx.HyperOptimizer([[1.0]], hx.Adam()), TypeError, "can only optimize Tensors"),
         (
@@ -423,12 +445,14 @@ def test_the_tower_operator_checks_its_lists():
             torch.ops.hyperopt_ext.tower_(*arguments)
     with pytest.raises(ValueError, match="one tensor for each of the 1 towers"):
         torch.ops.hyperopt_ext.tower_([group.tower], [], [group.plan], [group.bounds], [group.settings])
-    unknown = group.plan.clone()
-    unknown[1, 0] = 1000
-    with pytest.raises(ValueError, match="not a plan of rules that are loaded"):
-        torch.ops.hyperopt_ext.tower_(
-            [group.tower], [good["hypergradients"]], [unknown], [group.bounds], [group.settings]
-        )
+    learn = _C.PLAN.index("learn")
+    for level, column, value in [(1, 0, 1000), (1, learn, 1), (0, learn, 1 << 5)]:  # no rule; the last learns; too many
+        wrong = group.plan.clone()
+        wrong[level, column] = value
+        with pytest.raises(ValueError, match="not a plan of rules that are loaded"):
+            torch.ops.hyperopt_ext.tower_(
+                [group.tower], [good["hypergradients"]], [wrong], [group.bounds], [group.settings]
+            )
     assert torch.equal(group.tower, before)
 
 

@@ -77,3 +77,60 @@ def test_an_overflow_in_the_tower_holds_it_and_passes():
     problem.train(opt, range(5, 10))
     assert opt.held_steps() == 1
     assert values(opt) != before
+
+
+def steps(opt, p, gradients):
+    for g in gradients:
+        p.grad = torch.full_like(p, g)
+        opt.step()
+
+
+def test_an_update_whose_norm_overflows_is_not_made_and_leaves_the_learned_lr():
+    p = torch.nn.Parameter(torch.ones(1024))
+    opt = hx.auto([p], "sgd")
+    steps(opt, p, [1.0] * 30)
+    before, lr = p.detach().clone(), opt.hyperparameters()[0]["lr"].item()
+    steps(opt, p, [4e17])  # finite, as its norm is, but not that of the update with Nesterov's momentum
+    assert torch.equal(p, before)
+    assert opt.hyperparameters()[0]["lr"] > lr / 2
+
+
+def test_a_cosine_of_squares_that_underflow_is_0_and_none_is_above_1():
+    p = torch.nn.Parameter(torch.ones(10))
+    opt = hx.HyperOptimizer([p], hx.SGD(lr=0.1, normalize=True) / hx.SGD(lr=1e-3))
+    steps(opt, p, [1e-24] * 5)
+    assert opt.held_steps() == 0
+    assert opt.hyperparameters()[0]["lr"] == 0.1
+    steps(opt, p, [4.5e-23] * 5)
+    assert opt.hyperparameters()[0]["lr"] <= 0.1 + 5e-3 * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("nonfinite", ["hold", "skip"])
+@pytest.mark.parametrize("horizon", [1, 10])
+def test_a_derivative_that_is_not_finite_is_forgotten(nonfinite, horizon):
+    p = torch.nn.Parameter(torch.ones(4, dtype=torch.float64))
+    above = hx.Adam(lr=1e-3, eps=0.0, horizon=horizon)  # its first gradient is 0, and 0 / 0 its first derivative
+    opt = hx.HyperOptimizer([p], hx.SGD(lr=0.01) / above / hx.SGD(lr=1e-4), nonfinite=nonfinite)
+    steps(opt, p, [1.0] * 20)
+    assert opt.held_steps() + opt.skipped_steps() <= 1
+    assert p.isfinite().all()
+
+
+def test_a_trace_that_is_not_finite_starts_again():
+    p = torch.nn.Parameter(torch.ones(4))
+    opt = hx.HyperOptimizer([p], hx.SGD(lr=0.01, horizon=10) / hx.SGD(lr=1e-5))
+    steps(opt, p, [1.0] * 3)
+    opt.state[p]["trace_lr"].fill_(float("inf"))
+    steps(opt, p, [1.0] * 10)
+    assert opt.held_steps() == 1
+    assert opt.state[p]["trace_lr"].isfinite().all()
+
+
+def test_a_gradient_that_is_not_finite_holds_no_tower_but_its_own():
+    params = [torch.nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2)]
+    opt = hx.HyperOptimizer(params, hx.Adam(granularity="tensor") / hx.SGD(lr=1e-3, learn="lr") / hx.SGD(lr=1e-5))
+    for bad in (1.0, 1.0, float("nan"), 1.0):
+        params[0].grad, params[1].grad = torch.ones_like(params[0]), torch.full_like(params[1], bad)
+        opt.step()
+    assert opt.skipped_steps().tolist() == [0, 1]
+    assert opt.held_steps().tolist() == [0, 0]

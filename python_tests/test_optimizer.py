@@ -228,3 +228,13 @@ def test_state_that_was_looked_at_and_entries_of_others_are_no_state_of_ours():
     problem.train(opt, range(2, 4))
     assert opt.state[first]["step"] == 2
     assert opt.state[second]["step"] == 4
+
+
+def test_frozen_parameters_may_have_any_dtype():
+    frozen = torch.nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
+    problem, alone = Regression(5), Regression(5)
+    opt = hx.HyperOptimizer([frozen, *problem.model.parameters()], hx.Adam() / hx.SGD(lr=1e-5))
+    expected = hx.HyperOptimizer(alone.model.parameters(), hx.Adam() / hx.SGD(lr=1e-5))
+    problem.train(opt, range(5))
+    alone.train(expected, range(5))
+    assert same(problem, alone)

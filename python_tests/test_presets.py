@@ -80,6 +80,7 @@ def test_the_first_step_sets_lr():
     [
         (lambda p: hx.auto(p, "rprop"), ValueError, "auto: base is 'rprop', but the bases are 'adam', 'adamw', 'sgd'"),
         (lambda p: hx.auto(p, 1e-3), TypeError, "auto: base must be one of .*; write lr=0.001"),
+        (lambda p: hx.auto(p, hx.AdamW(lr=1e-3)), TypeError, "auto: base must be one of"),
         (lambda p: hx.auto(p, trust=None), ValueError, "auto: without trust, nothing sets the first lr; give one"),
         (lambda p: hx.auto(p, lr=0.0), ValueError, "auto: lr must be greater than 0"),
         (lambda p: hx.auto(p, lr=-1.0), ValueError, "auto: lr must be greater than 0"),

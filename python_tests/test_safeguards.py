@@ -368,3 +368,45 @@ def test_the_package_has_an_alpha_for_each_tensor():
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_trace_is_the_discounted_sum_of_the_derivatives_of_each_update(case, learn):
     checks.traces_are_discounted_sums(case, case.names if learn == "all" else ("lr",))
+
+
+def test_a_cosine_points_the_way_of_the_coordinate():
+    """h = x^2 falls with x where x < 0."""
+    p = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    opt = hx.HyperOptimizer([p], hx.SGD(lr=0.01, space={"lr": "square"}, normalize=True) / hx.SGD(lr=0.15))
+    lrs = []
+    for g in (1.0, -1.0, 1.0, 1.0):  # against the last one, against it, along it
+        p.grad = torch.full_like(p, g)
+        opt.step()
+        lrs.append(opt.hyperparameters()[0]["lr"].item())
+    torch.testing.assert_close(lrs, [0.1**2, 0.05**2, 0.1**2, 0.25**2], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("space", ["log", "softplus", "tanh"])
+def test_a_move_beyond_all_values_can_be_undone(space):
+    p = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    opt = hx.HyperOptimizer([p], hx.SGD(lr=0.01, space={"lr": space}, normalize=True) / hx.SGD(lr=710.0))
+    for g in (1.0, -1.0, -1.0):
+        p.grad = torch.full_like(p, g)
+        opt.step()
+        lr = opt.hyperparameters()[0]["lr"].item()
+        if g == -1.0 and lr < 0.01:
+            assert 0 < lr < 1e-290
+            assert opt.bounded_steps()[0]["lr"] == 1
+    assert lr > 0.01
+
+
+def test_a_clip_holds_whatever_the_hypergradient():
+    p = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    opt = hx.HyperOptimizer([p], hx.SGD(lr=0.5, clip=1.0) / hx.SGD(lr=1e-3))
+    for _ in range(2):
+        p.grad = torch.full_like(p, 1e80)  # its square is a number, the square of that is not
+        opt.step()
+    torch.testing.assert_close(opt.hyperparameters()[0]["lr"].item(), 0.501, rtol=1e-12, atol=0)
+
+
+def test_arguments_of_the_last_level_alone_are_pointed_out():
+    p = torch.nn.Parameter(torch.zeros(1))
+    with pytest.warns(UserWarning, match="nothing heeds normalize, since no level stands above"):
+        hx.HyperOptimizer([p], hx.Adam() / hx.SGD(lr=0.02, normalize=True))
+    hx.HyperOptimizer([p], hx.Stack.of(hx.SGD(normalize=True), 3))  # a warning would be an error

@@ -105,7 +105,7 @@ HX_CLONES void traced_update(const Slice& slice, const void* prepared) {
       A* const z = static_cast<A*>(slice.trace[direction(S, k)]);
       if (z == nullptr) continue;  // compiled for more than is learned
       HX_INDEPENDENT
-      for (std::int64_t i = begin; i < end; ++i) z[i] = keep * z[i] + tangents[k][i - begin];
+      for (std::int64_t i = begin; i < end; ++i) z[i] = next_trace(keep, z[i], tangents[k][i - begin]);
     }
   }
 }

@@ -242,7 +242,7 @@ struct TracedUpdate {
           A z[kVector];
           read<A>(trace, run, at_once, z);
           HX_UNROLL
-          for (int j = 0; j < kVector; ++j) z[j] = keep * z[j] + tangents[position(S, d)][j];
+          for (int j = 0; j < kVector; ++j) z[j] = next_trace(keep, z[j], tangents[position(S, d)][j]);
           write<A>(z, trace, run, at_once);
         });
       });
@@ -420,12 +420,12 @@ struct TowerTeam {
 template <class Team>
 HX_FN void fetch(const TowerTeam<Team>& team, const TowerView& tower, const tower::Scratch& scratch) {
 #ifdef __CUDA_ARCH__
-  constexpr int kLine = 128;  // bytes of a cache line
+  constexpr int kSector = 32;  // bytes that a read brings in, of a line of the cache
   const int last = tower.levels - 1;
   team.each([&](int worker) {
     unsigned sum = 0;
     const auto touch = [&](const void* start, std::int64_t words) {
-      for (std::int64_t i = worker * kLine; i < 8 * words; i += TowerTeam<Team>::kWorkers * kLine)
+      for (std::int64_t i = worker * kSector; i < 8 * words; i += TowerTeam<Team>::kWorkers * kSector)
         sum += static_cast<const unsigned char*>(start)[i];
     };
     touch(tower.start, tower.width);

@@ -79,7 +79,7 @@ struct DeviceTeam {
   }
 };
 
-// At least one block at a time: without that word, ptxas spills a register here and there to fit more of them.
+// One block on a multiprocessor is enough: otherwise ptxas spills registers to fit more.
 template <class K, class Arguments>
 __global__ void __launch_bounds__(K::kThreads, 1) kernel(const __grid_constant__ Arguments arguments) {
   __shared__ typename K::Shared shared;

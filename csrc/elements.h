@@ -124,13 +124,6 @@ HX_FN auto make_traced_step(const P& p, const X& x, std::int64_t i) {
   return delta;
 }
 
-// A trace after a step. One that was not finite would never recover: it starts again.
-template <class A>
-HX_FN A next_trace(A keep, A trace, A tangent) {
-  const A next = keep * trace + tangent;
-  return std::fabs(next) <= std::numeric_limits<A>::max() ? next : A(0);
-}
-
 // The state after the last step, from the stored one.
 template <class R, bool Before, class P, class E, class State>
 HX_FN auto state_after(const P& p, const E& e, const State& stored) {

@@ -221,6 +221,18 @@ constexpr int index_of(const char* name) {
   return -1;
 }
 
+template <class T>
+HX_FN bool is_finite(T x) {
+  return std::fabs(x) <= std::numeric_limits<T>::max();
+}
+
+// A trace after a step. One that is not finite would never be again: it restarts.
+template <class T>
+HX_FN T next_trace(T keep, T trace, T tangent) {
+  const T next = keep * trace + tangent;
+  return is_finite(next) ? next : T(0);
+}
+
 // A run of elements of one tensor, as a kernel sees it. Parameters, gradients and last_param have the parameter's
 // dtype; state, last_grad and traces its arithmetic type (fp32 for half precision).
 struct Slice {

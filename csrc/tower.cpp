@@ -50,12 +50,12 @@ bool is_plan(const std::int64_t* plan, int levels) {
   Layout layout;
   for (int k = 0; k < levels; ++k, plan += kPlanColumns) {
     if (std::size_t(plan[kRule]) >= rules().size()) return false;
-    const std::int64_t hypers = std::int64_t(rules()[std::size_t(plan[kRule])]->hypers.size());
-    const std::int64_t learn = plan[kLearn];  // nothing stands above the last level
-    if (learn < 0 || learn >= std::int64_t(1) << (k + 1 < levels ? hypers : 0)) return false;
+    const Rule& rule = *rules()[std::size_t(plan[kRule])];
+    const Mask learnable = k + 1 < levels ? rule.sets.back().mask : 0;  // nothing stands above the last level
+    if ((plan[kLearn] & ~std::int64_t(learnable)) != 0) return false;
     std::int64_t level[kPlanColumns];
     std::copy_n(plan, kPlanColumns, level);
-    layout.add(*rules()[std::size_t(plan[kRule])], level);
+    layout.add(rule, level);
     if (!std::equal(level, level + kPlanColumns, plan)) return false;
   }
   return true;

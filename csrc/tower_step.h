@@ -67,10 +67,6 @@ HX_FN double coordinate_of(Space space, double h) {
   }
 }
 
-HX_FN bool is_finite(double x) {
-  return std::fabs(x) <= std::numeric_limits<double>::max();
-}
-
 // Parameters whose root mean square is smaller than this count as if it were this, where an update is measured by them
 // (as in Adafactor: Shazeer & Stern, ICML 2018, Algorithm 4).
 constexpr double kSmallestRms = 1e-3;
@@ -151,7 +147,7 @@ HX_FN void fade(const Level& above, double step, int begin, int end) {
   const double keep = keep_of(above, step);
   for (int k = begin * above.row.hypers; k < end * above.row.hypers; ++k) {
     double& t = above.row.tangents[k];
-    t = keep == 0.0 || !is_finite(t) ? 0.0 : keep * t;
+    t = next_trace(keep, t, 0.0);
   }
 }
 
@@ -178,11 +174,7 @@ HX_FN void move(const Call& call, const Level& level, const Level& above, double
       slope = factor > 0.0 ? 1.0 / factor : 0.0;
     }
     double* const tangents = above.row.tangents + (begin + j) * columns;
-    for (int k = 0; k < columns; ++k) {
-      double t = slope * fresh[j * columns + k];
-      if (keep != 0.0) t += keep * tangents[k];
-      tangents[k] = is_finite(t) ? t : 0.0;  // as eps = 0 makes it where the gradient is 0: else no trace would recover
-    }
+    for (int k = 0; k < columns; ++k) tangents[k] = next_trace(keep, tangents[k], slope * fresh[j * columns + k]);
     ++j;
     if (moved == r.x[i] || !is_finite(moved)) continue;
     const double reached = within(level.space(i), moved), value = value_at(level.space(i), reached);

@@ -416,16 +416,13 @@ class HyperOptimizer(Optimizer):
                 known = ", ".join(arguments)
                 _warn(f"param group: {stack[0]} has no {name}{hint}, which does nothing; its arguments are {known}")
         stack = Stack((stack[0].replace(**changes), *stack.levels[1:])) if changes else stack
-        if len(stack) == 1 and (names := stack[0].tuning()):
+        *below, top = (level.tuning() for level in stack)
+        if below:  # a tower of equal levels is no mistake, nor is one whose levels all say what would be learned
+            top = [name for name in top if name != "learn"]
+        if top and not any({*names} - {"learn"} for names in below):
             _warn(
-                f"{stack[0]}: nothing heeds {', '.join(names)}, since no level stands above, as in "
-                "hx.Adam(lr=1e-3) / hx.SGD(lr=1e-5)"
-            )
-        names = [name for name in stack[-1].tuning() if name != "learn"]
-        if len(stack) > 1 and names and not any(level.tuning() for level in stack.levels[:-1]):
-            _warn(
-                f"{stack[-1]!r}: nothing heeds {', '.join(names)}, since no level stands above; an argument belongs to "
-                "the level whose hyperparameters are tuned, here one to the left"
+                f"{stack[-1]}: nothing heeds {', '.join(top)}, since no level stands above; arguments belong to the "
+                f"level that is tuned, as in {stack[0]}({top[0]}=...) / SGD()"
             )
         return stack
 

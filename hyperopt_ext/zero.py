@@ -59,12 +59,9 @@ class ZeroRedundancyOptimizer(torch.distributed.optim.ZeroRedundancyOptimizer):
         if not hasattr(self, "optim"):  # while torch's class is made
             return groups
         inner = self.optim.param_groups
-        new = [i for i, own in enumerate(inner) if "initial_lr" in groups[i] and "initial_lr" not in own]
-        for i in new:
-            inner[i]["initial_lr"] = groups[i]["initial_lr"]
-        for i, own in enumerate(self.optim.param_groups if new else ()):  # read anew, which tells the towers
-            if i in new:
-                groups[i].update(lr=own["lr"], initial_lr=own["initial_lr"])
+        if any("initial_lr" in ours and "initial_lr" not in own for ours, own in zip(groups, inner, strict=True)):
+            self._sync_param_groups(groups, inner)  # type: ignore[attr-defined]
+            self._sync_param_groups(self.optim.param_groups, groups)  # type: ignore[attr-defined]  # with lrs of their own
         return groups
 
     @param_groups.setter

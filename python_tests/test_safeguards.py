@@ -407,6 +407,7 @@ def test_a_clip_holds_whatever_the_hypergradient():
 
 def test_arguments_of_the_last_level_alone_are_pointed_out():
     p = torch.nn.Parameter(torch.zeros(1))
-    with pytest.warns(UserWarning, match="nothing heeds normalize, since no level stands above"):
-        hx.HyperOptimizer([p], hx.Adam() / hx.SGD(lr=0.02, normalize=True))
+    for first in (hx.Adam(), hx.Adam(learn="lr")):
+        with pytest.warns(UserWarning, match="nothing heeds normalize, since no level stands above"):
+            hx.HyperOptimizer([p], first / hx.SGD(lr=0.02, normalize=True))
     hx.HyperOptimizer([p], hx.Stack.of(hx.SGD(normalize=True), 3))  # a warning would be an error

@@ -49,7 +49,7 @@ HX_CLONES void decay(const Slice& slice) {
     A* const z = static_cast<A*>(trace);
     if (z == nullptr) continue;
     HX_INDEPENDENT
-    for (std::int64_t i = 0; i < slice.count; ++i) z[i] *= keep;
+    for (std::int64_t i = 0; i < slice.count; ++i) z[i] = next_trace(keep, z[i], A(0));
   }
 }
 

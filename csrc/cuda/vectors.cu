@@ -122,7 +122,7 @@ struct Decay {
           A z[kVector];
           read<A>(trace, run, at_once, z);
           HX_UNROLL
-          for (int j = 0; j < kVector; ++j) z[j] *= keep;
+          for (int j = 0; j < kVector; ++j) z[j] = next_trace(keep, z[j], A(0));
           write<A>(z, trace, run, at_once);
         });
       }

@@ -74,7 +74,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   define_tower_ops();
   for (const Rule* rule : rules()) define_ops(*rule);
 
-  m.attr("OK") = int(kOk);
+  m.attr("TICKING") = int(kTicking);
   m.attr("SKIPPED") = int(kSkipped);
   m.attr("HELD") = int(kHeld);
   m.attr("SCHEDULE") = int(kSchedule);

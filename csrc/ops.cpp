@@ -38,7 +38,7 @@ using at::Tensor;
 using at::TensorList;
 using torch::autograd::variable_list;
 
-#if defined(HX_RUN_PTX)  // the tests: the CUDA kernels as loops on the host, see cuda/launch.h
+#if defined(HX_RUN_PTX)  // the tests: the CUDA kernels as loops on the host, see cuda/block.h
 constexpr char kNamespace[] = "hyperopt_ext_ptx";
 #elif defined(HX_EMULATE_CUDA)
 constexpr char kNamespace[] = "hyperopt_ext_emulated";

@@ -68,7 +68,7 @@ struct Backend {
   // their number.
   at::Tensor (*norms)(const Rule&, const Pass&);
 
-  // One step: parameters, state, record, steps and ticks are written. Does nothing where the tower's `ok` is 0.
+  // One step: parameters, state, record, steps and ticks are written. Does nothing where the tower's `ticking` is 0.
   void (*step)(const Rule&, const Pass&);
 
   // Takes parameters without a gradient out of the tower's present tick (after tower_): a deferred state is brought up

@@ -226,6 +226,13 @@ HX_FN bool is_finite(T x) {
   return std::fabs(x) <= std::numeric_limits<T>::max();
 }
 
+// What traces are multiplied by at the `step`-th step, for derivatives of the last `horizon` steps, or, if that is more,
+// of this part of all of them.
+HX_FN double keep_of(double horizon, double horizon_growth, double step) {
+  const double part = horizon_growth * step;
+  return 1.0 - 1.0 / (part > horizon ? part : horizon);
+}
+
 // A trace after a step. One that is not finite would never be again: it restarts.
 template <class T>
 HX_FN T next_trace(T keep, T trace, T tangent) {

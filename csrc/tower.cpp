@@ -68,7 +68,7 @@ std::int64_t tower_width(const std::int64_t* plan, int levels) {
 
 void tower_reset(double* row, const std::int64_t* plan, int levels, const double* values, const double* state) {
   std::fill(row, row + tower_width(plan, levels), 0.0);
-  row[kOk] = row[kSchedule] = row[kScheduled] = 1.0;
+  row[kTicking] = row[kSchedule] = row[kScheduled] = 1.0;
   for (int k = 0; k < levels; ++k, plan += kPlanColumns) {
     const LevelRow r(row + plan[kStart], int(plan[kHypers]), int(plan[kStates]), int(plan[kMoved]));
     for (int i = 0; i < r.hypers; ++i, ++values) {

@@ -12,7 +12,7 @@ namespace hyperopt_ext {
 //
 //   header    ticks     steps made so far by level 0
 //             moves     steps made so far by the levels above it
-//             ok        0 if level 0 does not move in this step
+//             ticking   0 if level 0 does not move in this step
 //             skipped   steps in which nothing moved, because a number was not finite
 //             held      steps in which the parameters moved, but not the levels above, because a hypergradient was not
 //                       finite
@@ -31,7 +31,7 @@ namespace hyperopt_ext {
 //
 // with level 0, which moves the parameters, first (n = 0).
 constexpr int kHeader = 9;
-enum Header : int { kTicks, kMoves, kOk, kSkipped, kHeld, kMoving, kSchedule, kScheduled, kArrived };
+enum Header : int { kTicks, kMoves, kTicking, kSkipped, kHeld, kMoving, kSchedule, kScheduled, kArrived };
 constexpr int kValues = 6;  // numbers of a level for each of its hyperparameters
 
 struct LevelRow {

@@ -120,10 +120,9 @@ struct Scratch {
   }
 };
 
-// What traces are multiplied by at the `step`-th move by this level.
+// What the traces of a level are multiplied by at its `step`-th move.
 HX_FN double keep_of(const Level& level, double step) {
-  const double part = level.settings[kHorizonGrowth] * step, steps = level.settings[kHorizon];
-  return 1.0 - 1.0 / (part > steps ? part : steps);
+  return hyperopt_ext::keep_of(level.settings[kHorizon], level.settings[kHorizonGrowth], step);
 }
 
 // d(t) of the convergent step size gamma_t = d(t) alpha_t + (1 - d(t)) alpha_inf, with t d(t) -> 0 (Baydin et al., ICLR
@@ -349,14 +348,14 @@ HX_FN void decide(const Team& team, const TowerView& tower, const Scratch& scrat
       const bool takes_part = squared_norm(tower, row) != -1.0;
       const bool skips =
           takes_part && (!is_finite(squared_norm(tower, row)) || (!finite && tower.settings[kSkip] != 0.0));
-      const bool moving = takes_part && !skips;
-      const bool moves = finite && (moving || (coupled && *scratch.any != 0.0));
-      head[kOk] = moving ? 1.0 : 0.0;
-      head[kMoving] = moves ? 1.0 : 0.0;
-      head[kTicks] += moving ? 1.0 : 0.0;
-      head[kMoves] += moves ? 1.0 : 0.0;
+      const bool ticking = takes_part && !skips;
+      const bool moving = finite && (ticking || (coupled && *scratch.any != 0.0));
+      head[kTicking] = ticking ? 1.0 : 0.0;
+      head[kMoving] = moving ? 1.0 : 0.0;
+      head[kTicks] += ticking ? 1.0 : 0.0;
+      head[kMoves] += moving ? 1.0 : 0.0;
       head[kSkipped] += skips ? 1.0 : 0.0;
-      head[kHeld] += moving && !finite ? 1.0 : 0.0;
+      head[kHeld] += ticking && !finite ? 1.0 : 0.0;
       head[kArrived] = 0.0;  // already 0, unless a kernel of the last pass failed
       if (row == 0) continue;
       for (int k = 0; k < tower.levels; ++k) {  // what the user wrote to a shared level stands in the first row
@@ -374,17 +373,17 @@ HX_FN void move_level(const Team& team, const Call& call, const TowerView& tower
   team.each([&](int worker) {
     each_share<Team>(tower, k, worker, [&](std::int64_t row, int first, int last) {
       const double* const head = tower.header(row);
-      const bool moving = head[kOk] != 0.0, moves = head[kMoving] != 0.0;
-      if (!moving && !moves) return;
+      const bool ticking = head[kTicking] != 0.0, moving = head[kMoving] != 0.0;
+      if (!ticking && !moving) return;
       const Level level(tower, row, k);
       const double step = head[kMoves] - level.settings[kBurnIn];
-      const bool updates = k > 0 || moving;
+      const bool updates = k > 0 || ticking;
       if (updates)
         for (int i = first; i < last; ++i) adopt_write(level, i);
       if (level.learn != 0) {
         const Level above(tower, row, k + 1);
         const double* const gradients = scratch.applied + row * scratch.learned + level.plan[kGradient];
-        if (updates && moves && step > 0.0)
+        if (updates && moving && step > 0.0)
           move(call, level, above, step, gradients, first, last);
         else
           fade(above, step, position(level.learn, first), position(level.learn, last));
@@ -410,7 +409,7 @@ HX_FN void step(const Team& team, const Call& call, const TowerView& tower) {
 HX_FN void cap(const TowerView& tower, std::int64_t row) {
   const Level level(tower, row, 0);
   const int lr = int(level.plan[kLr]);
-  if (tower.header(row)[kOk] == 0.0 || lr < 0) return;
+  if (tower.header(row)[kTicking] == 0.0 || lr < 0) return;
   const double* const norms = tower.sums + 3 * row;
   const LevelRow& r = level.row;
   const double update = std::fabs(r.used[lr]) * std::sqrt(norms[0]), elements = norms[2];

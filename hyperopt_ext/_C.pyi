@@ -16,7 +16,7 @@ class RuleInfo(TypedDict):
     hypers: list[HyperparameterInfo]
     state: list[str]
 
-OK: int
+TICKING: int
 SKIPPED: int
 HELD: int
 SCHEDULE: int

@@ -207,8 +207,8 @@ class _WrappedStep:
         used = tower[0, self.start : self.start + len(self.values)]
         values: Any = used
         if self.waits:
-            ok, *values = torch.cat([tower[0, _C.OK : _C.OK + 1], used]).tolist()
-            if not ok:
+            ticking, *values = torch.cat([tower[0, _C.TICKING : _C.TICKING + 1], used]).tolist()
+            if not ticking:
                 return
         inner = self.optimizer.param_groups[0]
         if "maximize" in inner:

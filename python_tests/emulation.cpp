@@ -1,6 +1,6 @@
-// The CUDA kernels of the library as loops on the host (csrc/cuda/launch.h), behind operators of their own for CPU tensors:
+// The CUDA kernels of the library as loops on the host (csrc/cuda/block.h), behind operators of their own for CPU tensors:
 // torch.ops.hyperopt_ext_emulated, or hyperopt_ext_ptx, has all that torch.ops.hyperopt_ext has.
-#include "cuda/launch.h"
+#include "cuda/block.h"
 #include "library.h"
 #include "ops.h"
 
@@ -19,7 +19,7 @@ HX_EXPORT int emulated_built_in(const char* name) {
   return built_in(name);
 }
 
-// See launch.h.
+// See block.h.
 HX_EXPORT void emulate_order(int order) {
   cuda::host_order = order;
 }

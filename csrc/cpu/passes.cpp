@@ -98,7 +98,7 @@ std::int64_t& counter(const at::Tensor& t) {
 // A row of the tower, as far as the passes need it.
 struct Row {
   const double *header, *used, *previous;
-  bool ok() const { return header[kOk] != 0.0; }
+  bool ticking() const { return header[kTicking] != 0.0; }
   double ticks() const { return header[kTicks]; }
 };
 
@@ -110,7 +110,7 @@ Row tower_row(const Rule& rule, const Pass& pass, std::size_t i) {
 Item item_of(Batch& batch, const Rule& rule, const Pass& pass, std::size_t i, Written written) {
   Item item = item_for(batch.chunks(), rule, pass, i, written);
   item.slice.scale = pass.grad_scale ? pass.scale / double(*pass.grad_scale->const_data_ptr<float>()) : pass.scale;
-  item.slice.keep = 1.0 - 1.0 / std::max(pass.horizon, pass.horizon_growth * double(counter(pass.steps[i]) + 1));
+  item.slice.keep = keep_of(pass.horizon, pass.horizon_growth, double(counter(pass.steps[i]) + 1));
   return item;
 }
 
@@ -181,7 +181,7 @@ at::Tensor norms(const Rule& rule, const Pass& pass) {
   Batch batch(pass.params.size());
   for (std::size_t i = 0; i < pass.params.size(); ++i) {
     const Row row = tower_row(rule, pass, i);
-    if (!row.ok()) continue;
+    if (!row.ticking()) continue;
     const Item item = item_of(batch, rule, pass, i, kReads);
     double* const unit = values[std::size_t(item.row)].data();
     std::copy_n(row.used, rule.hypers.size(), unit);
@@ -207,7 +207,7 @@ void step(const Rule& rule, const Pass& pass) {
   Batch batch(pass.params.size());
   for (std::size_t i = 0; i < pass.params.size(); ++i) {
     const Row row = tower_row(rule, pass, i);
-    if (!row.ok()) continue;
+    if (!row.ticking()) continue;
     const Item item = item_of(batch, rule, pass, i, kWrites);
     Steps steps;
     steps.last = deferred(batch, rule, pass, row, i, item.type);
@@ -217,7 +217,7 @@ void step(const Rule& rule, const Pass& pass) {
   }
   for (std::size_t i = 0; i < pass.params.size(); ++i) {
     const Row row = tower_row(rule, pass, i);
-    if (!row.ok()) continue;
+    if (!row.ticking()) continue;
     ++counter(pass.steps[i]);
     counter(pass.ticks[i]) = std::int64_t(row.ticks());
   }
@@ -235,7 +235,7 @@ void settle(const Rule& rule, const Pass& pass) {
   for (std::size_t i = 0; i < pass.params.size(); ++i) {
     const Row row = tower_row(rule, pass, i);
     std::int64_t& tick = counter(pass.ticks[i]);
-    if (!row.ok() || tick < 0) continue;
+    if (!row.ticking() || tick < 0) continue;
     const Item item = item_of(batch, rule, pass, i, kWrites);
     Steps steps;
     steps.last = deferred(batch, rule, pass, row, i, item.type);

@@ -1,10 +1,12 @@
-// The CUDA kernels of a rule, as classes of block code (launch.h): the counterparts of those in cpu/kernels.h, over the same
+// The CUDA kernels of a rule, as classes of block code (block.h): the counterparts of those in cpu/kernels.h, over the same
 // code for an element.
 //
 // A block reads what the host does not know, step counts, ticks and hyperparameters, through pointers: its first thread
 // prepares the step, and one of its second warp, at the same time, the step before, where that is still to be finished. Then
 // each thread takes kVector elements at a time.
 #pragma once
+
+#include <new>
 
 #include "../tower_step.h"
 #include "sums.h"
@@ -95,7 +97,7 @@ struct Update {
   static constexpr int kThreads = cuda::kThreads;
   struct Shared {
     PreparedStep<R, A, 0> now, last;
-    bool ok, pending, counts;
+    bool ticking, pending, counts;
   };
 
   template <class Team>
@@ -106,16 +108,16 @@ struct Update {
       if (thread != 0 && thread != kSecond) return;
       const Status status(launch, chunk.entry, int(R::hypers.size()));
       if (thread == 0) {
-        shared.ok = status.ok;
-        if (status.ok) shared.now.set(status.used, double(status.step + 1));
+        shared.ticking = status.ticking;
+        if (status.ticking) shared.now.set(status.used, double(status.step + 1));
       } else {
-        shared.pending = deferred && status.ok && status.pending;
+        shared.pending = deferred && status.ticking && status.pending;
         if (shared.pending) shared.last.set(status.previous, double(status.step));
       }
     });
     team.each([&](int thread) {
       if (thread == 0) shared.counts = is_to_count(team, launch);
-      if (!shared.ok) return;
+      if (!shared.ticking) return;
       const bool pending = deferred && shared.pending;
       const auto p = shared.now.get();
       const auto last = pending ? shared.last.get() : p;
@@ -148,7 +150,7 @@ struct Norms {
     PreparedStep<R, A, 0> now, last;
     double unit[kMaxHypers];
     double values[kColumns * kThreads];
-    bool ok, pending, last_block;
+    bool ticking, pending, last_block;
   };
 
   template <class Team>
@@ -159,18 +161,18 @@ struct Norms {
       constexpr int hypers = int(R::hypers.size()), lr = index_of<R>("lr");
       const Status status(launch, chunk.entry, hypers);
       if (thread == 0) {
-        shared.ok = status.ok;
+        shared.ticking = status.ticking;
         // The values in use, but an lr of 1: one so large that the update would overflow can be lowered, too.
         for (int i = 0; i < hypers; ++i) shared.unit[i] = i == lr ? 1.0 : status.used[i];
-        if (status.ok) shared.now.set(shared.unit, double(status.step + 1));
+        if (status.ticking) shared.now.set(shared.unit, double(status.step + 1));
       } else {
-        shared.pending = Deferred && status.ok && status.pending;
+        shared.pending = Deferred && status.ticking && status.pending;
         if (shared.pending) shared.last.set(status.previous, double(status.step));
       }
     });
     team.each([&](int thread) {
       A changes = A(0), params = A(0);
-      if (shared.ok) {
+      if (shared.ticking) {
         const bool pending = Deferred && shared.pending;
         const auto p = shared.now.get();
         const auto last = pending ? shared.last.get() : p;
@@ -193,7 +195,7 @@ struct Norms {
       }
       shared.values[thread] = double(changes);
       shared.values[kThreads + thread] = double(params);
-      shared.values[2 * kThreads + thread] = thread == 0 && shared.ok ? double(chunk.count) : 0.0;
+      shared.values[2 * kThreads + thread] = thread == 0 && shared.ticking ? double(chunk.count) : 0.0;
     });
     finish_sums<kThreads, kColumns>(team, shared.values, shared.last_block, launch, block);
   }
@@ -205,7 +207,7 @@ struct TracedUpdate {
   struct Shared {
     PreparedStep<R, A, S> now;
     A keep;
-    bool ok, counts;
+    bool ticking, counts;
   };
 
   template <class Team>
@@ -214,13 +216,13 @@ struct TracedUpdate {
     team.each([&](int thread) {
       if (thread != 0) return;
       const Status status(launch, chunk.entry, int(R::hypers.size()));
-      shared.ok = status.ok;
+      shared.ticking = status.ticking;
       shared.keep = keep_of<A>(launch, status.step);
-      if (status.ok) shared.now.set(status.used, double(status.step + 1));
+      if (status.ticking) shared.now.set(status.used, double(status.step + 1));
     });
     team.each([&](int thread) {
       if (thread == 0) shared.counts = is_to_count(team, launch);
-      if (!shared.ok) return;
+      if (!shared.ticking) return;
       const auto p = shared.now.get();
       const A keep = shared.keep;
       const double scale = scale_of(launch);
@@ -265,7 +267,7 @@ struct Settle {
     team.each([&](int thread) {
       if (thread != 0) return;
       const Status status(launch, chunk.entry, int(R::hypers.size()));
-      shared.pending = status.ok && status.pending;
+      shared.pending = status.ticking && status.pending;
       if (shared.pending) shared.last.set(status.previous, double(status.step));
     });
     team.each([&](int thread) {

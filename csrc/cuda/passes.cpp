@@ -11,7 +11,7 @@
 
 #include "launch.h"
 
-#ifdef HX_EMULATE_CUDA  // the tests: blocks and threads in loops on the host (launch.h), on CPU tensors
+#ifdef HX_EMULATE_CUDA  // the tests: blocks and threads in loops on the host (block.h), on CPU tensors
 #define HX_CHECK_LAUNCH()
 #else
 #include <c10/cuda/CUDAException.h>
@@ -301,13 +301,13 @@ void settle(const Rule& rule, const Pass& pass) {
 }
 
 // The functional form: a tower of one row that holds the given values, and counters at the given step.
-struct Given {
+struct FunctionalTower {
   at::Tensor tower, step, tick;
 
-  Given(const Rule& rule, const Inputs& inputs, std::int64_t steps_made) {
+  FunctionalTower(const Rule& rule, const Inputs& inputs, std::int64_t steps_made) {
     const std::int64_t hypers = std::int64_t(rule.hypers.size());
     tower = at::zeros({1, kHeader + kValues * hypers}, inputs.hyper.options());
-    tower.select(1, kOk).fill_(1.0);
+    tower.select(1, kTicking).fill_(1.0);
     tower.slice(1, kHeader, kHeader + hypers).copy_(inputs.hyper.view({1, hypers}));
     step = inputs.step.to(at::kLong).sub_(1 - steps_made);
     tick = at::zeros({1}, step.options()).sub_(2);  // at no tick that is of interest
@@ -316,7 +316,7 @@ struct Given {
 
 void update(const Rule& rule, const Inputs& inputs, at::TensorList outputs) {
   const DeviceRule& kernels = device_rule(rule);
-  const Given given(rule, inputs, 0);
+  const FunctionalTower given(rule, inputs, 0);
   std::vector<at::Tensor> sources(inputs.params.begin(), inputs.params.end());
   sources.insert(sources.end(), inputs.state.begin(), inputs.state.end());
   at::_foreach_copy_(outputs, sources);  // the kernel works in place
@@ -332,7 +332,7 @@ void differentiate(const Rule& rule, LaunchFunction RuleLaunches::* kernel, at::
                    at::TensorList grad_state, const Inputs& inputs, at::TensorList grad_inputs,
                    const at::Tensor& sums) {
   const DeviceRule& kernels = device_rule(rule);
-  const Given given(rule, inputs, 1);
+  const FunctionalTower given(rule, inputs, 1);
   Batch batch(rule, given.tower, inputs.params, grad_inputs.empty() ? kNone : kCotangents);
   for (std::size_t i = 0; i < inputs.params.size(); ++i)
     batch.add(item_for(batch.chunks(), rule, grad_params, grad_state, inputs, grad_inputs, i), given.step, given.tick);

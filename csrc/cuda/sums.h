@@ -134,7 +134,7 @@ template <int Threads, class Team>
 HX_FN void count_steps(const Team& team, const Launch& launch) {
   team.each([&](int thread) {
     each_tensor(launch, thread, Threads, [](const Entry& entry, const double* header) {
-      if (header[kOk] == 0.0) return;
+      if (header[kTicking] == 0.0) return;
       entry.step() += 1;
       entry.tick() = std::int64_t(header[kTicks]);
     });

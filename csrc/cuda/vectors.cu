@@ -111,7 +111,7 @@ struct Decay {
   HX_FN static void block(const Launch& launch, int block, Shared&, const Team& team) {
     const Chunk chunk(launch, block);
     const Status status(launch, chunk.entry, 0);
-    if (!status.ok || !status.known) return;
+    if (!status.ticking || !status.known) return;
     team.each([&](int thread) {
       const A keep = keep_of<A>(launch, status.step);
       for (int k = 0; k < launch.extra; ++k) {
@@ -138,7 +138,7 @@ struct ForgetSteps {
   HX_FN static void block(const Launch& launch, int, Shared&, const Team& team) {
     team.each([&](int thread) {
       each_tensor(launch, thread, kThreads, [](const Entry& entry, const double* header) {
-        if (header[kOk] != 0.0 && entry.tick() >= 0) entry.tick() = -1;
+        if (header[kTicking] != 0.0 && entry.tick() >= 0) entry.tick() = -1;
       });
     });
   }

@@ -224,6 +224,7 @@ class Tower:
         self.stack = stack
         self._levels: list[_TowerLevel] = []
         self._limits: list[dict[str, tuple[float, float]]] = []
+        self._known: list[tuple[list[str], list[str], int]] = []  # names, state, number moved; of parameters: 0
         moved_spaces: tuple[str, ...] = ()
         for k, level in enumerate(stack):
             learned = level.learn_names if k + 1 < len(stack) else ()
@@ -231,6 +232,7 @@ class Tower:
             spaces = tuple(space_of[name] for name in learned)
             self._levels.append(_TowerLevel(level.rule, learned, spaces, moved_spaces))
             self._limits.append(dict(zip(level.values(), level.limits(), strict=True)))
+            self._known.append((sorted(level.values()), sorted(level.start()), len(moved_spaces)))
             moved_spaces = spaces
 
     def init(self, params: Params) -> tuple[Params, TowerState]:
@@ -281,6 +283,12 @@ class Tower:
             raise TypeError("state must be the TowerState that init() or the last step() returned")
         if len(state.coordinates) != len(self._levels):
             raise ValueError(f"state is of {len(state.coordinates)} levels, but {self.stack} has {len(self._levels)}")
+        known = [
+            (sorted(x), sorted(s), len(moved) if k > 0 else 0)
+            for k, (x, s, (moved, _, _)) in enumerate(zip(state.coordinates, state.states, state.last, strict=True))
+        ]
+        if known != self._known:
+            raise ValueError(f"state is of another stack than {self.stack}: start from init()")
         if isinstance(params, Mapping) and (not isinstance(grads, Mapping) or list(grads) != list(params)):
             raise ValueError("grads must be a dict with the keys of params")
         values, gradients = _values("params", params), [[g.detach() for g in _values("grads", grads)]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -75,6 +76,15 @@ def _not_compiling() -> None:
         raise RuntimeError("Recorder: a compiled step cannot be recorded; use hook=False, call record() after it")
 
 
+def _check_optimizer(me: str, opt: object) -> None:
+    if isinstance(opt, HyperOptimizer):
+        return
+    # ZeRO's, Accelerate's
+    inside = [name for name in ("optim", "optimizer") if isinstance(getattr(opt, name, None), HyperOptimizer)]
+    hint = f"; it has one in .{inside[0]}" if inside else ""
+    raise TypeError(f"{me}: opt must be a HyperOptimizer, not {type(opt).__name__}{hint}")
+
+
 class Recorder:
     """Keeps the hyperparameters of a :class:`HyperOptimizer` after each step.
 
@@ -98,11 +108,10 @@ class Recorder:
     """
 
     def __init__(self, opt: HyperOptimizer, every: int = 1, *, hook: bool = True) -> None:
-        if not isinstance(opt, HyperOptimizer):
-            raise TypeError(f"Recorder: opt must be a HyperOptimizer, not {type(opt).__name__}")
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        _check_optimizer("Recorder", opt)
+        if isinstance(every, bool) or not isinstance(every, Integral) or every < 1:
             raise ValueError(f"Recorder: every must be a whole number of steps, at least 1, not {every!r}")
-        self.opt, self.every = opt, every
+        self.opt, self.every = opt, int(every)
         self._tracks = [_Track(opt, i) for i in range(len(opt.param_groups))]
         self._calls = 0
         self._written = 0
@@ -267,7 +276,12 @@ class Recorder:
         Args:
             writer: a ``torch.utils.tensorboard.SummaryWriter``, or anything with its ``add_scalar``.
             prefix: of each tag. Default: ``"hyperparameters/"``.
+
+        Raises:
+            TypeError: ``writer`` has no ``add_scalar``.
         """
+        if not hasattr(writer, "add_scalar"):
+            raise TypeError(f"write_scalars: writer must be a SummaryWriter, as SummaryWriter('runs'), not {writer!r}")
         if len(self) == self._written:
             return
         steps = self.steps[self._written :].tolist()
@@ -289,8 +303,7 @@ def summary(opt: HyperOptimizer, group: int = 0) -> dict[str, str]:
     ``{"lr": "0.0031", "beta1": "0.91"}``; a second level's are ``"1/lr"``, and so on. Of a level with a value for each
     tensor: the smallest and the largest. Reads all values at once, which waits for the device: not at every step.
     """
-    if not isinstance(opt, HyperOptimizer):
-        raise TypeError(f"summary: opt must be a HyperOptimizer, not {type(opt).__name__}")
+    _check_optimizer("summary", opt)
     learned = opt.hyperparameters(group)
     stack = opt.param_groups[group]["stack"]
     names, views = [], []

@@ -94,8 +94,8 @@ class Level:
             the parameters, which LARS (You et al., 2017) and LAMB (You et al., ICLR 2020) measure steps by, from the
             first step on. Parameters whose root mean square is below 1e-3 count as if it were that, so that zeros can
             move (as in Adafactor: Shazeer & Stern, ICML 2018). A scheduler's factor, if it is below 1 and one of an lr
-            that is learned or that each tensor has of its own, is one of tau, too. Costs a third pass, which only
-            reads. Default: None.
+            that is learned or that each tensor has of its own, is one of tau, too. Neither ``burn_in`` nor ``bounds``
+            keep it from that. Costs a third pass, which only reads. Default: None.
         burn_in: first steps in which this level is not tuned, >= 0. Default: 0.
         converge: ``(limit, steps)``: the lr in use is d(t) lr + (1 - d(t)) limit with d(t) = 1 / (1 + (t / steps)²),
             halfway after ``steps``: a convergent step size (Baydin et al., ICLR 2018, section 5). The learned lr is

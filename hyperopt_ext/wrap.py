@@ -40,7 +40,9 @@ class Wrap(Level):
             which needs an update before it is made, and no ``granularity="tensor"``: use a param group for each tensor.
 
     State per parameter: ``trace_lr`` and ``trace_weight_decay``, those that are learned, fp32 (fp64 of fp64
-    parameters). The optimizer's own state stays its own, and is part of :meth:`HyperOptimizer.state_dict`.
+    parameters). Of half-precision parameters they are made of updates that were rounded to it, so that what is too
+    small to move a parameter counts as nothing. The optimizer's own state stays its own, and is part of
+    :meth:`HyperOptimizer.state_dict`.
 
     An optimizer whose signature says that lr may be a tensor (those of torch.optim do) is given one, and nothing in
     ``step()`` waits for a value, unless the optimizer itself does; a gradient that is not finite then reaches it, as it

@@ -24,6 +24,9 @@ class ZeroRedundancyOptimizer(torch.distributed.optim.ZeroRedundancyOptimizer):
     shares, so that all processes have the same towers. :meth:`consolidate_state_dict` and the state dict do not depend
     on the number of processes.
 
+    ``opt.optim`` is this process's :class:`HyperOptimizer`, for ``opt.optim.in_use()``, ``hx.Recorder(opt.optim)``,
+    ``hx.summary(opt.optim)``.
+
     Args:
         params: as in torch: parameters or param groups, all of one dtype, the same on all processes.
         stack: as in :class:`HyperOptimizer`, as are ``maximize`` and ``nonfinite``; with ``granularity="group"``.
@@ -56,9 +59,9 @@ class ZeroRedundancyOptimizer(torch.distributed.optim.ZeroRedundancyOptimizer):
     def param_groups(self) -> list[dict[str, Any]]:
         """As in torch.optim. A scheduler finds an lr of its own, as in :class:`HyperOptimizer`."""
         groups: list[dict[str, Any]] = self.__dict__["param_groups"]
-        if not hasattr(self, "optim"):  # while torch's class is made
+        inner = self.optim.param_groups if hasattr(self, "optim") else []
+        if len(inner) != len(groups):  # while torch's class makes or adds them
             return groups
-        inner = self.optim.param_groups
         if any("initial_lr" in ours and "initial_lr" not in own for ours, own in zip(groups, inner, strict=True)):
             self._sync_param_groups(groups, inner)  # type: ignore[attr-defined]
             self._sync_param_groups(self.optim.param_groups, groups)  # type: ignore[attr-defined]  # with lrs of their own
@@ -67,6 +70,18 @@ class ZeroRedundancyOptimizer(torch.distributed.optim.ZeroRedundancyOptimizer):
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
         self.__dict__["param_groups"] = groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in :class:`HyperOptimizer`; on all processes."""
+        groups = self.__dict__["param_groups"]
+        before = len(groups)
+        try:
+            super().add_param_group(param_group)
+        except Exception:
+            del groups[before:]
+            raise
+        if hasattr(self, "optim"):
+            self._sync_param_groups(self.optim.param_groups, groups)  # type: ignore[attr-defined]
 
     def hyperparameters(self, group: int = 0) -> list[dict[str, Tensor]]:
         """As in :class:`HyperOptimizer`; the same on all processes."""

@@ -254,6 +254,35 @@ def fsdp1():
 
 
 @check(2)
+def fsdp2_with_grad_scaler():
+    """An inf in the shard of one process makes all sit the step out."""
+    for stack in FEW.values():
+        for unscale in (False, True):
+            problem, single = Half(12), Regression(12)
+            model = sharded(problem)
+            opt = hx.HyperOptimizer(model.parameters(), stack)
+            other = hx.HyperOptimizer(single.model.parameters(), stack)
+            scaler, expected = (torch.amp.GradScaler("cpu", init_scale=1024.0) for _ in range(2))
+            for i in range(12):
+                for p, o, s in ((problem, opt, scaler), (single, other, expected)):
+                    o.zero_grad()
+                    s.scale(p.loss(i)).backward()
+                    if i == 5:
+                        grad = next(iter(p.model.parameters())).grad
+                        if o is other:
+                            grad[-1] = torch.inf
+                        elif dist.get_rank() == 1:
+                            grad.to_local()[-1] = torch.inf
+                    if unscale:
+                        s.unscale_(o)
+                    s.step(o)
+                    s.update()
+            assert scaler.get_scale() == expected.get_scale() == 512.0
+            assert bool((opt.skipped_steps() == 1).all())
+            assert_equal_to((single.model, other), model, opt)
+
+
+@check(2)
 def zero():
     for as_buckets in (False, True):
         for stack in BY_GROUP.values():
@@ -318,6 +347,28 @@ def zero_with_fewer_tensors_than_processes():
     for group in range(4):
         assert_same_on_all(values(opt, group))
         torch.testing.assert_close(values(opt, group), values(other, group), rtol=1e-12, atol=1e-14)
+
+
+@check(2)
+def zero_add_param_group():
+    problem, single = Half(20), Regression(20)
+    model = DistributedDataParallel(problem.model)
+    optimizers = []
+    for params, make in ((model.parameters(), ZeroRedundancyOptimizer), (single.model.parameters(), hx.HyperOptimizer)):
+        first, *others = params
+        opt = make([first], STACKS["adamw"])
+        with pytest.raises(ValueError, match="lr must be in"):
+            opt.add_param_group({"params": others, "lr": -1.0})
+        assert len(opt.param_groups) == 1
+        optimizers.append((opt, others))
+    for train_more in (range(10), range(10, 20)):
+        if train_more.start > 0:
+            for opt, others in optimizers:
+                opt.add_param_group({"params": others, "lr": 0.05})
+                assert float(opt.param_groups[1]["lr"]) == 0.05
+        train(problem, optimizers[0][0], train_more, model)
+        train(single, optimizers[1][0], train_more)
+    assert_equal_to((single.model, optimizers[1][0]), model, optimizers[0][0])
 
 
 def save(problem, opt, folder):

@@ -109,7 +109,12 @@ def test_a_tower_of_functions_changes_nothing_and_can_go_back():
         (
             lambda t, p, g, s: hx.functional.tower(hx.SGD() / hx.SGD()).step(p, g, s),
             ValueError,
-            "state must hold nothing",
+            "state is of another stack than SGD/SGD",
+        ),
+        (
+            lambda t, p, g, s: hx.functional.tower(hx.Adam(learn="lr") / hx.SGD()).step(p, g, s),
+            ValueError,
+            "state is of another stack than Adam/SGD",
         ),
         (lambda t, p, g, s: t.step(p[:1], g[:1], s), ValueError, "state must be of the shapes of params"),
     ],

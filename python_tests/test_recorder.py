@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import pickle
+import types
 import weakref
 
 import matplotlib.image
@@ -307,7 +308,13 @@ WRONG = [
     (lambda: added_later().hyperparameters(1), IndexError, "but 1 param groups are recorded"),
     (lambda: hx.summary(torch.optim.SGD([torch.ones(1)])), TypeError, "summary: opt must be a HyperOptimizer, not SGD"),
     (lambda: hx.Recorder(torch.optim.SGD([torch.ones(1)])), TypeError, "opt must be a HyperOptimizer, not SGD"),
+    (
+        lambda: hx.Recorder(types.SimpleNamespace(optimizer=optimizer(hx.Adam()))),
+        TypeError,
+        "not SimpleNamespace; it has one in .optimizer",
+    ),
     (lambda: hx.Recorder(optimizer(hx.Adam()), every=0), ValueError, "every must be a whole number of steps"),
+    (lambda: hx.Recorder(optimizer(hx.Adam())).write_scalars("runs"), TypeError, "writer must be a SummaryWriter"),
     (lambda: loaded({}), ValueError, "must be what Recorder.state_dict.. gave"),
     (
         lambda: loaded(hx.Recorder(optimizer(hx.Adam()), every=2).state_dict()),

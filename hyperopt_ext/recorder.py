@@ -109,7 +109,8 @@ class Recorder:
 
     def __init__(self, opt: HyperOptimizer, every: int = 1, *, hook: bool = True) -> None:
         _check_optimizer("Recorder", opt)
-        if isinstance(every, bool) or not isinstance(every, Integral) or every < 1:
+        number: object = every  # numpy's are integral, too
+        if isinstance(number, bool) or not isinstance(number, Integral) or every < 1:
             raise ValueError(f"Recorder: every must be a whole number of steps, at least 1, not {every!r}")
         self.opt, self.every = opt, int(every)
         self._tracks = [_Track(opt, i) for i in range(len(opt.param_groups))]

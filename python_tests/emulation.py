@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 FLAGS = ["-O1", "-g0", "-fno-math-errno", "-fvisibility=hidden", "-Wno-unused", "-DHX_EMULATE_CUDA"]
 # The machine's arithmetic is that of the PTX then: integers wrap, and a product is added exactly where it says so.
-PTX_FLAGS = [*FLAGS, "-DHX_RUN_PTX", "-O0", "-w", "-fwrapv", "-ffp-contract=off", "-fno-strict-aliasing"]
+PTX_FLAGS = [*FLAGS, "-DHX_RUN_PTX", "-w", "-fwrapv", "-ffp-contract=off", "-fno-strict-aliasing"]
 RULES = [(header.stem, f"rules/{header.name}") for header in sorted(CSRC.glob("rules/*.h"))]
 # Sources for nvcc, by name.
 UNITS = {stem: f'#include "cuda/register.cuh"\n#include "{header}"\n' for stem, header in RULES}
@@ -65,7 +65,8 @@ def load(kind: str) -> ctypes.CDLL:
     units = {f"{name}_cu.cpp": text for name, text in UNITS.items()}
     units["emulation.cpp"] = f'{digest}#include "{ROOT}/python_tests/emulation.cpp"\n'
     if kind == "ptx":
-        units |= {f"{name}_ptx.cpp": translate(compiled(name)[1]) for name in UNITS}
+        units["ptx.cpp"], code = translate(compiled(name)[1] for name in UNITS)
+        (folder / "code").write_bytes(code)
     sources = [_build.write(folder / name, text) for name, text in units.items()]
     sources += [CSRC / name for name in ("ops.cpp", "pass.cpp", "tower.cpp", "cuda/passes.cpp")]
     cpp_extension.load(
@@ -77,6 +78,8 @@ def load(kind: str) -> ctypes.CDLL:
         is_python_module=False,
     )
     library = ctypes.CDLL(str(folder / f"hyperopt_ext_{kind}.so"))
+    if kind == "ptx":
+        library.load_code(str(folder / "code").encode())
     library.emulate.argtypes = [ctypes.c_void_p]
     library.emulated_built_in.argtypes = [ctypes.c_char_p]
     library.emulate(_C.library())

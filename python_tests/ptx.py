@@ -1,14 +1,17 @@
-"""The PTX that nvcc makes of kernels, as C++ that the host runs: what a GPU is given, without one.
+"""The PTX that nvcc makes of kernels, run by the host: what a GPU is given, without one.
 
-``translate()`` takes PTX with the instructions that the kernels of this library consist of, and gives a C++ function
-for each, by the kernel's own (mangled) name. The threads of a block run one after the other up to a barrier; each has
-its registers in a struct, so that it goes on from there. All that is not known is an error. ``ptx.h`` is what the
-functions need: memory that checks alignment, and threads that must all meet at the same barrier.
+``translate()`` takes PTX with the instructions that the kernels of this library consist of. Those that differ by their
+operands alone, as ``add.f32 %f1, %f2, %f3`` and ``add.f32 %f7, %f8, 0f3F800000``, are one C++ function, and a kernel is
+a list of numbers: for each instruction that of its function, and its operands, which are slots of a thread (each
+register has one, and each literal). All that is not known is an error. ``ptx.h`` runs the lists, with memory that
+checks alignment, and with threads that must all meet at the same barrier.
 """
 
 from __future__ import annotations
 
 import re
+from array import array
+from collections.abc import Iterable
 from functools import cache
 
 _TYPES = {f"{kind}{n}": f"{'u' * (kind != 's')}int{n}_t" for kind in "sub" for n in (8, 16, 32, 64)}
@@ -17,7 +20,9 @@ _FLOATS = ("float", "double")
 # The type of a register, by the start of its name.
 _REGISTERS = {"%p": "bool", "%rs": "uint16_t", "%rd": "uint64_t", "%r": "uint32_t", "%fd": "double", "%f": "float"}
 _OTHERS = {"%SP": "uint64_t", "%SPL": "uint64_t", "%temp": "uint32_t"}
-_SPECIAL = {"%tid.x": "tid", "%ctaid.x": "block", "%ntid.x": "threads"}
+# What a slot starts with: one of these, and a number (Base in ptx.h).
+_BASES = ("none", "local", "slots", "result", "param0", "param1", "shared", "%tid.x", "%ctaid.x", "%ntid.x")
+_OF_KERNELS = _BASES[6:]
 _COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "rem": "%", "and": "&", "or": "|", "xor": "^"}
 _FUNCTIONS = ("mad", "min", "max", "fma", "neg", "abs", "not", "sqrt", "shl", "shr", "rcp", "popc")
@@ -29,25 +34,35 @@ _HALVES = {
     ("bf16", "f32"): ("uint16_t", "to_bfloat16"),
 }
 _FUNCTION = re.compile(
-    r"^(?:\.visible\s+|\.weak\s+)?\.(entry|func)\s+(?:\(\.param[^)]*\)\s*)?([\w$]+)\s*\(([^;{]*?)\)\s*(?:\.[^\n]*\n)*\s*\{",
+    r"^(?:\.visible\s+|\.weak\s+)?\.(entry|func)\s+(?:\(\.param[^)]*\)\s*)?([\w$]+)\s*\([^;{]*?\)\s*(?:\.[^\n]*\n)*\s*\{",
     re.MULTILINE,
 )
-_REGISTER = re.compile(r"\.reg\s+\.(\w+)\s+(%?\w+)(?:<(\d+)>)?")
 _ARRAY = re.compile(r"\.(shared|local)\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[(\d+)\]")
 
 
-def translate(ptx: str) -> str:
-    """C++ of all kernels, and of the functions that they call."""
-    functions = []
+def translate(units: Iterable[str]) -> tuple[str, bytes]:
+    """C++ of a function for each kernel, by its own (mangled) name, and the code, which they need (ptx.h)."""
+    steps: dict[str, int] = {}
+    code = array("I")
+    functions, kernels = [], []
+    for ptx in units:
+        numbers: dict[str, int] = {}
+        for function in sorted(_functions(ptx), key=lambda function: function.is_kernel):
+            numbers[function.name] = len(functions)
+            if function.is_kernel:
+                kernels.append(f"KERNEL({function.name}, {len(functions)})")
+            functions.append(function.encode(code, steps, numbers))
+    lines = ['#include "ptx.h"\n']
+    lines += [f"static bool step{i}(Thread& r, const uint32_t* o) {{\n{body}}}" for body, i in steps.items()]
+    lines += ["const Step steps[] = {", *(f"  step{i}," for i in range(len(steps))), "};"]
+    lines += ["const Function functions[] = {", *functions, "};", *kernels, ""]
+    return "\n".join(lines), code.tobytes()
+
+
+def _functions(ptx: str) -> Iterable[_Function]:
     for match in _FUNCTION.finditer(ptx):
-        kind, name, parameters = match.groups()
-        depth, end = 1, match.end()
-        while depth:
-            depth += {"{": 1, "}": -1}.get(ptx[end], 0)
-            end += 1
-        functions.append(_Function(name, kind == "entry", parameters.count(".param"), ptx[match.end() : end - 1]))
-    functions.sort(key=lambda function: function.is_kernel)
-    return '#include "ptx.h"\n\n' + "\n".join(function.code() for function in functions)
+        kind, name = match.groups()
+        yield _Function(name, kind == "entry", ptx[match.end() : ptx.index("\n}\n", match.end())])
 
 
 def _split(operands: str) -> list[str]:
@@ -60,14 +75,19 @@ def _parts(operand: str) -> list[str]:
 
 
 class _Function:
-    def __init__(self, name: str, is_kernel: bool, parameters: int, body: str) -> None:
-        self.name, self.is_kernel, self.parameters = name, is_kernel, parameters
-        self.registers: dict[str, str] = {}
+    def __init__(self, name: str, is_kernel: bool, body: str) -> None:
+        self.name, self.is_kernel = name, is_kernel
+        self.slots = 0
+        self.registers: dict[str, int] = {}  # the slot of each
+        self.starts: dict[tuple[str, int], int] = {}  # the slot that starts with a base and a number
+        self.parameters: dict[str, int] = {}  # the first slot of what a function is called with, and returns
         self.arrays: dict[str, tuple[str, int]] = {}  # the space, and the place in it
         self.bytes = {"shared": 16, "local": 16}
-        self.lines: list[str] = []
-        self.barriers = 0
-        self.guard = ""
+        self.instructions: list[tuple[str, list[int | str]]] = []  # C++, and operands: a string is a label, a function
+        self.labels: dict[str, int] = {}
+        self.words = 0
+        self.lines: list[str] = []  # of the instruction that is translated,
+        self.operands: list[int | str] = []  # and its operands
         for statement in self._statements(body):
             self._statement(statement)
 
@@ -81,7 +101,40 @@ class _Function:
         )  # inline assembly
         return [" ".join(statement.split()) for statement in body.split(";") if statement.split()]
 
-    # Operands.
+    def encode(self, code: array[int], steps: dict[str, int], numbers: dict[str, int]) -> str:
+        """Appends to the code; and gives the Function of ptx.h."""
+        places = self.labels | numbers
+        start = len(code)
+        for body, operands in self.instructions:
+            code.append(steps.setdefault(body, len(steps)) << 8 | 1 + len(operands))
+            code.extend(places[operand] if isinstance(operand, str) else operand for operand in operands)
+        starts = len(code)
+        for (base, number), slot in self.starts.items():
+            code.extend((slot, _BASES.index(base), number & 0xFFFFFFFF, number >> 32))
+        slots = self.slots + self.slots % 2
+        memory = f"{self.bytes['shared']}, {self.bytes['local']}"
+        return f"  {{{start}, {starts}, {len(self.starts)}, {slots}, {memory}}},"
+
+    # Operands: C++ for them.
+
+    def _new_slot(self, size: int = 1) -> int:
+        self.slots += size
+        return self.slots - size
+
+    def _operand(self, operand: int | str) -> str:
+        self.operands.append(operand)
+        return f"o[{len(self.operands) - 1}]"
+
+    def _slot(self, slot: int, type_: str) -> str:
+        return f"r.slot<{type_}>({self._operand(slot)})"
+
+    def _starting(self, base: str, number: int, type_: str) -> str:
+        """A slot that starts with a number, or, from a base, so many bytes on."""
+        assert self.is_kernel or base not in _OF_KERNELS
+        key = base, number % 2**64
+        if key not in self.starts:
+            self.starts[key] = self._new_slot()
+        return self._slot(self.starts[key], type_)
 
     @staticmethod
     @cache
@@ -92,7 +145,11 @@ class _Function:
         return _OTHERS.get(register, "uint32_t")
 
     def _register(self, name: str) -> str:
-        return _SPECIAL.get(name, f"r.{name[1:]}")
+        if name in _BASES:
+            return self._starting(name, 0, self._type_of(name))
+        if name not in self.registers:
+            self.registers[name] = self._new_slot()
+        return self._slot(self.registers[name], self._type_of(name))
 
     def _value(self, operand: str, type_: str) -> str:
         if operand.startswith("%"):
@@ -101,29 +158,35 @@ class _Function:
                 return f"bits<{type_}>({register})"
             return register if own == type_ else f"{type_}({register})"
         if re.fullmatch(r"0[fd][0-9A-F]+", operand):
-            return f"bits<{type_}>(uint{32 if operand[1] == 'f' else 64}_t(0x{operand[2:]}))"
+            assert type_ not in _FLOATS or (type_ == "double") == (operand[1] == "d")
+            return self._starting("none", int(operand[2:], 16), type_)
         if re.fullmatch(r"-?(0x[0-9A-Fa-f]+|\d+)", operand):
-            return f"{type_}({operand}LL)"
+            assert type_ not in _FLOATS
+            return self._starting("none", int(operand, 0) if type_ != "bool" else operand != "0", type_)
         return self._symbol(operand)
 
     def _symbol(self, name: str) -> str:
         """A place in memory, as an address or, in shared memory, from its start."""
         if name in self.arrays:
             space, place = self.arrays[name]
-            return str(place) if space == "shared" else f"(uint64_t(r.local) + {place})"
-        if match := re.search(r"_param_(\d+)$", name):
-            return f"uint64_t(param{match.group(1)})"
-        return "uint64_t(result)" if name == "func_retval0" else f"uint64_t(&r.{name})"
+            return self._starting("none" if space == "shared" else space, place, "uint64_t")
+        if match := re.search(r"_(param_\d+)$", name):
+            return self._starting(match.group(1).replace("_", ""), 0, "uint64_t")
+        if name == "func_retval0":
+            return self._starting("result", 0, "uint64_t")
+        return self._starting("slots", 8 * self.parameters[name], "uint64_t")
 
     def _address(self, operand: str, space: list[str]) -> str:
         base, _, offset = operand.strip("[] ").partition("+")
         start = self._register(base) if base.startswith("%") else self._symbol(base)
-        return f"{'uint64_t(shared) + ' * ('shared' in space)}{start} + ({offset or 0})"
+        if "shared" in space:
+            start = f"{self._starting('shared', 0, 'uint64_t')} + {start}"
+        return f"{start} + int32_t({self._operand(int(offset or 0) & 0xFFFFFFFF)})"
 
     # Statements.
 
     def _emit(self, line: str) -> None:
-        self.lines.append(self.guard + line)
+        self.lines.append(line)
 
     def _set(self, register: str, type_: str, value: str) -> None:
         """Of the type that the instruction has; a register may be wider."""
@@ -132,16 +195,16 @@ class _Function:
         self._emit(f"{self._register(register)} = {how}({type_}({value}));")
 
     def _statement(self, statement: str) -> None:
-        self.guard = ""
         if statement.endswith(":"):
-            self._emit(statement.replace("$", "L") + ";")
+            self.labels[statement[:-1]] = self.words
             return
-        if match := re.match(r"@(!?)(%p\d+) (.*)", statement):
-            self.guard = f"if ({match.group(1)}{self._register(match.group(2))}) "
-            statement = match.group(3)
         if statement.startswith("."):
             self._declaration(statement)
             return
+        self.lines, self.operands = [], []
+        if match := re.match(r"@(!?)(%p\d+) (.*)", statement):
+            self._emit(f"if ({'!' * (not match.group(1))}{self._register(match.group(2))}) return true;")
+            statement = match.group(3)
         name, _, operands = statement.partition(" ")
         operation, *modifiers = name.split(".")
         instruction = getattr(self, f"_{operation}", None)
@@ -151,55 +214,50 @@ class _Function:
             instruction(modifiers, _split(operands))
         else:
             raise NotImplementedError(statement)
+        self.instructions.append(("".join(f"  {line}\n" for line in [*self.lines, "return true;"]), self.operands))
+        self.words += 1 + len(self.operands)
 
     def _declaration(self, statement: str) -> None:
-        if match := _REGISTER.match(statement):
-            type_, name, count = match.groups()
-            names = [f"{name}{i}" for i in range(int(count))] if count else [name]
-            self.registers |= {register.lstrip("%"): _TYPES[type_] for register in names}
-        elif match := _ARRAY.match(statement):
+        if match := _ARRAY.match(statement):
             space, name, size = match.groups()
             self.arrays[name] = space, self.bytes[space]
             self.bytes[space] += -(-int(size) // 16) * 16
         elif statement.startswith(".param"):
-            self.registers[statement.split()[-1]] = "Parameter"
-        elif not statement.startswith(".pragma"):
+            self.parameters[statement.split()[-1]] = self._new_slot(2)
+        elif not statement.startswith((".reg", ".pragma")):
             raise NotImplementedError(statement)
 
     def _bra(self, _: list[str], operands: list[str]) -> None:
-        self._emit(f"goto {operands[0].replace('$', 'L')};")
+        self._emit(f"r.at = {self._operand(operands[0])};")
 
     def _ret(self, *_: list[str]) -> None:
-        self._emit("return false;" if self.is_kernel else "return;")
+        self._emit("return r.done();")
 
     _exit = _ret
 
     def _bar(self, *_: list[str]) -> None:
-        assert not self.guard
-        self.barriers += 1
-        self._emit(f"r.at = {self.barriers}; return true; case {self.barriers}:;")
+        assert not self.lines  # all threads come to it
+        self._emit("return false;")
 
     def _call(self, _: list[str], operands: list[str]) -> None:
         result, name, *arguments = [part.strip("() ") for part in operands]
-        self._emit(f"{name}({', '.join(f'&r.{p}' for p in (result, *arguments))});")
+        places = ", ".join(self._symbol(place) for place in (result, *arguments))
+        self._emit(f"call({self._operand(name)}, {{{places}}});")
 
     def _ld(self, modifiers: list[str], operands: list[str]) -> None:
         self._access(modifiers, operands[1])
         for i, register in enumerate(_parts(operands[0])):
             self._set(register, _TYPES[modifiers[-1]], f"memory[{i}]")
-        self._emit("}")
 
     def _st(self, modifiers: list[str], operands: list[str]) -> None:
         self._access(modifiers, operands[0])
         for i, part in enumerate(_parts(operands[1])):
             self._emit(f"memory[{i}] = {self._value(part, _TYPES[modifiers[-1]])};")
-        self._emit("}")
 
     def _access(self, modifiers: list[str], operand: str) -> None:
-        """Opens a scope with ``memory``, an array."""
+        """``memory``, an array."""
         type_, width = _TYPES[modifiers[-1]], next((int(m[1]) for m in modifiers if m in ("v2", "v4")), 1)
-        self._emit(f"{{ {type_}* const memory = at<{type_}>({self._address(operand, modifiers)}, {width});")
-        self.guard = ""
+        self._emit(f"{type_}* const memory = at<{type_}>({self._address(operand, modifiers)}, {width});")
 
     def _atom(self, modifiers: list[str], operands: list[str]) -> None:
         if modifiers != ["global", "inc", "u32"]:
@@ -208,7 +266,6 @@ class _Function:
         most = self._value(operands[2], "uint32_t")  # before the register of the result changes, which may be the same
         self._emit(f"const uint32_t before = memory[0]; memory[0] = before >= {most} ? 0 : before + 1;")
         self._set(operands[0], "uint32_t", "before")
-        self._emit("}")
 
     def _fence(self, *_: list[str]) -> None:
         """Blocks run one after the other."""
@@ -280,28 +337,3 @@ class _Function:
         else:
             result = f"{operation}{'_approximate' * ('approx' in modifiers)}_({', '.join(values)})"
         self._set(operands[0], type_, result)
-
-    def code(self) -> str:
-        registers = "\n".join(f"  {type_} {name};" for name, type_ in self.registers.items())
-        lines = "\n".join(f"  {line}" for line in self.lines)
-        of = f"Registers_{self.name}"
-        struct = (
-            f"struct {of} : Thread {{\n{registers}\n  alignas(16) unsigned char local[{self.bytes['local']}];\n}};\n"
-        )
-        parameters = "".join(f", const void* param{i}" for i in range(self.parameters))
-        if not self.is_kernel:
-            return f"{struct}static void {self.name}(void* result{parameters}) {{\n  {of} r;\n{lines}\n}}\n"
-        arguments = "unsigned char* shared, unsigned tid, unsigned block, unsigned threads, const void* param0"
-        return f"""{struct}static bool run_{self.name}({of}& r, {arguments}) {{
-  switch (r.at) {{
-  case 0:
-{lines}
-  }}
-  return false;
-}}
-extern "C" void {self.name}(const void* param0, unsigned block, unsigned threads) {{
-  run_block<{of}, {self.bytes["shared"]}>(threads, [=]({of}& r, unsigned char* shared, unsigned tid) {{
-    return run_{self.name}(r, shared, tid, block, threads, param0);
-  }});
-}}
-"""

@@ -9,12 +9,11 @@ import argparse
 from typing import Any
 
 from experiments import Run, mean_and_sd, options, save, sweep
-from harness import describe_machine
+from harness import describe_machine, output
 from heights import MODEL
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 FIRST_LRS = (1e-6, 1e-3, 10.0)
@@ -85,7 +84,7 @@ def main() -> None:
     table = Table("base", "change", *(f"{lr:g}" for lr in FIRST_LRS), box=box.SIMPLE, pad_edge=False)
     for row in rows:
         table.add_row(row["base"], row["change"], *(f"{error:.1f}" for error in row["test_error"]))
-    Console().print(table)
+    output().print(table)
     save("ablation", chosen, rows, draw(rows))
 
 

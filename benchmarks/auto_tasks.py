@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from experiments import options, save, sweep
-from harness import describe_machine
+from harness import describe_machine, output
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from rich import box
@@ -323,7 +323,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, metavar="FILE", help="of the transformer, plain or .gz; default: left out")
     chosen = parser.parse_args()
     rows = collect(chosen)
-    console = Console()
+    console = output()
     console.print(describe_machine(), highlight=False)
     print_table(console, rows)
     save("auto_tasks", chosen, rows, draw(rows))

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from experiments import Result, Run, mean_and_sd, options, save, sweep, trainer
-from harness import describe_machine
+from harness import describe_machine, output
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from mnist_tables import adabelief, amsgrad
@@ -239,7 +239,7 @@ def main() -> None:
     parser = options(__doc__, seeds=1, epochs=50, data="that cifar-10-batches-bin lies in")
     chosen = parser.parse_args()
     entries = collect(chosen)
-    console = Console()
+    console = output()
     console.print(describe_machine(), highlight=False)
     print_table(console, entries)
     save("cifar_colours", chosen, entries, draw(entries, chosen), BATCH)

@@ -33,6 +33,7 @@ from harness import (
     format_seconds,
     interleave,
     median,
+    output,
     peak_bytes,
     save,
     timing_options,
@@ -240,7 +241,7 @@ def main() -> None:
     with torch._dynamo.config.patch(trace_autograd_ops=True):
         for model in models:
             rows += measure(model, rounds)
-    console = Console(width=140)
+    console = output()
     console.print(describe_machine(), highlight=False)
     print_tables(console, rows)
     save("compile", {"rounds": rounds, "largest_difference_in_float64": worst, "rows": rows}, draw(rows), options.out)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import Contender, describe_machine, fit_line, interleave, median, save, timing_options
+from harness import Contender, describe_machine, fit_line, interleave, median, output, save, timing_options
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from mlp import BATCH, MLP
@@ -261,7 +261,7 @@ def main() -> None:
         "small_model": small_model(rounds),
     }
     title = f"{results['gpu']}; {describe_machine()}"
-    console = Console()
+    console = output()
     console.print(title, highlight=False)
     print_tables(console, results)
     save("gpu", results, draw(results, title), options.out)

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from rich.console import Console
 from rich.progress import track
 from torch._dynamo.utils import counters
 
@@ -42,6 +43,11 @@ Samples = NDArray[np.float64]
 _numbers = count()
 
 WARM_UP_CALLS = 3  # the first steps allocate state and have no hypergradient
+
+
+def output() -> Console:
+    """As wide as the terminal; a file or a pipe has no width, and tables are not cut there."""
+    return Console() if sys.stdout.isatty() else Console(width=160)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from harness import (
     format_seconds,
     interleave,
     median,
+    output,
     save,
     timing_options,
 )
@@ -290,7 +291,7 @@ def main() -> None:
     with torch._dynamo.config.patch(trace_autograd_ops=True):
         rows = measure(heights, rounds)
     lines = fit(rows)
-    console = Console()
+    console = output()
     console.print(describe_machine(), highlight=False)
     print_tables(console, rows, lines)
     results = {"rounds": rounds, "fused_minus_functional_in_float64": worst, "lines": lines, "rows": rows}

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from experiments import Run, mean_and_sd, options, save, sweep
-from harness import describe_machine
+from harness import describe_machine, output
 from matplotlib import colormaps
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--series", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     chosen = parser.parse_args()
     rows = collect(chosen)
-    console = Console()
+    console = output()
     console.print(describe_machine(), highlight=False)
     print_table(console, rows)
     save("heights", chosen, rows, draw(rows, chosen))

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from experiments import Result, Run, mean_and_sd, options, save, sweep
-from harness import describe_machine
+from harness import describe_machine, output
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from rich import box
@@ -303,7 +303,7 @@ def draw(entries: list[dict[str, Any]], options: argparse.Namespace) -> Figure:
 def main() -> None:
     chosen = options(__doc__, seeds=3, epochs=5).parse_args()
     entries = collect(chosen)
-    console = Console()
+    console = output()
     console.print(describe_machine(), highlight=False)
     print_tables(console, entries)
     save("mnist_tables", chosen, entries, draw(entries, chosen))

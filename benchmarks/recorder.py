@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import Contender, describe_machine, format_seconds, interleave, median, save, timing_options
+from harness import Contender, describe_machine, format_seconds, interleave, median, output, save, timing_options
 from matplotlib.figure import Figure
 from mlp import MLP, training_step
-from rich.console import Console
 
 import hyperopt_ext as hx
 
@@ -48,7 +47,7 @@ def main() -> None:
     rounds = arguments.rounds or (15 if arguments.quick else 301)
     samples = interleave(contenders(), rounds, "recorder", batch_of=(next(iter(STACKS)), "step"))
 
-    console = Console()
+    console = output()
     console.print(f"Training step of the MLP 784-128-10, batch 256; medians of {rounds} rounds, {describe_machine()}")
     results: dict[str, Any] = {}
     for name in STACKS:

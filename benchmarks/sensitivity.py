@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from experiments import Run, mean_and_sd, options, save, sweep
-from harness import describe_machine
+from harness import describe_machine, output
 from matplotlib import colormaps
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--halve-every", type=int, metavar="N", help="epochs, for decay; default: an eighth of all")
     chosen = parser.parse_args()
     rows = collect(chosen)
-    console = Console()
+    console = output()
     console.print(describe_machine(), highlight=False)
     print_table(console, rows)
     save("sensitivity", chosen, rows, draw(rows, chosen))

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import Contender, describe_machine, format_seconds, interleave, median, save, timing_options
+from harness import Contender, describe_machine, format_seconds, interleave, median, output, save, timing_options
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -231,7 +231,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for case in cases:
         rows += measure(case, options.threads, rounds)
-    console = Console()
+    console = output()
     console.print(describe_machine(), highlight=False)
     print_tables(console, rows)
     save("step_cost", {"rounds": rounds, "rows": rows}, draw(rows), options.out)

@@ -25,7 +25,17 @@ from typing import Any
 
 import torch
 import torchopt
-from harness import Contender, describe_machine, format_seconds, interleave, median, peak_bytes, save, timing_options
+from harness import (
+    Contender,
+    describe_machine,
+    format_seconds,
+    interleave,
+    median,
+    output,
+    peak_bytes,
+    save,
+    timing_options,
+)
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from rich import box
@@ -204,7 +214,7 @@ def main() -> None:
         limit = 1e-5 if name == "TorchOpt, accelerated" else 1e-9  # its operators are not that exact
         assert difference < limit, f"the gradients of {name} differ by {difference:g}"
     rows = measure(steps, options.size, rounds)
-    console = Console()
+    console = output()
     console.print(describe_machine(), highlight=False)
     print_tables(console, rows, options.size)
     results = {"rounds": rounds, "size": options.size, "differences_in_float64": worst, "rows": rows}

@@ -178,6 +178,8 @@ def _errors(output: str) -> str:
 def load_rules(library: str | os.PathLike[str]) -> tuple[str, ...]:
     """Loads the rules of a shared library, and returns their names. To load it again does nothing.
 
+    Not while another thread takes a step: load them first.
+
     Args:
         library: a path, or the dotted name of an extension made by :func:`rule_extension`: what a package that ships
             rules calls where it is imported, ``load_rules("my_package._rules")``.

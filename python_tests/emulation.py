@@ -66,7 +66,6 @@ def load(kind: str) -> ctypes.CDLL:
     units["emulation.cpp"] = f'{digest}#include "{ROOT}/python_tests/emulation.cpp"\n'
     if kind == "ptx":
         units["ptx.cpp"], code = translate(compiled(name)[1] for name in UNITS)
-        (folder / "code").write_bytes(code)
     sources = [_build.write(folder / name, text) for name, text in units.items()]
     sources += [CSRC / name for name in ("ops.cpp", "pass.cpp", "tower.cpp", "cuda/passes.cpp")]
     cpp_extension.load(
@@ -79,7 +78,8 @@ def load(kind: str) -> ctypes.CDLL:
     )
     library = ctypes.CDLL(str(folder / f"hyperopt_ext_{kind}.so"))
     if kind == "ptx":
-        library.load_code(str(folder / "code").encode())
+        library.load_code.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        library.load_code(*code.buffer_info())
     library.emulate.argtypes = [ctypes.c_void_p]
     library.emulated_built_in.argtypes = [ctypes.c_char_p]
     library.emulate(_C.library())

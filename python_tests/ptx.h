@@ -5,9 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <fstream>
 #include <initializer_list>
-#include <iterator>
 #include <limits>
 #include <stdexcept>
 #include <type_traits>
@@ -215,11 +213,8 @@ inline void run_block(const Function& function, const void* argument, unsigned b
   }
 }
 
-extern "C" __attribute__((visibility("default"))) void load_code(const char* path) {
-  std::ifstream file(path, std::ios::binary);
-  const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
-  code.resize(bytes.size() / sizeof(uint32_t));
-  std::memcpy(code.data(), bytes.data(), bytes.size());
+extern "C" __attribute__((visibility("default"))) void load_code(const uint32_t* words, std::size_t count) {
+  code.assign(words, words + count);
 }
 
 #define KERNEL(name, i)                                                          \

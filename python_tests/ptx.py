@@ -40,8 +40,8 @@ _FUNCTION = re.compile(
 _ARRAY = re.compile(r"\.(shared|local)\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[(\d+)\]")
 
 
-def translate(units: Iterable[str]) -> tuple[str, bytes]:
-    """C++ of a function for each kernel, by its own (mangled) name, and the code, which they need (ptx.h)."""
+def translate(units: Iterable[str]) -> tuple[str, array[int]]:
+    """C++ of a function for each kernel, by its own (mangled) name, and the code, for load_code() of ptx.h."""
     steps: dict[str, int] = {}
     code = array("I")
     functions, kernels = [], []
@@ -56,7 +56,7 @@ def translate(units: Iterable[str]) -> tuple[str, bytes]:
     lines += [f"static bool step{i}(Thread& r, const uint32_t* o) {{\n{body}}}" for body, i in steps.items()]
     lines += ["const Step steps[] = {", *(f"  step{i}," for i in range(len(steps))), "};"]
     lines += ["const Function functions[] = {", *functions, "};", *kernels, ""]
-    return "\n".join(lines), code.tobytes()
+    return "\n".join(lines), code
 
 
 def _functions(ptx: str) -> Iterable[_Function]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
@@ -254,11 +255,11 @@ class Update:
             grads = [p.grad for p in params]
         else:
             grads = [distributed.local_grad(p, f"params[{i}]") for i, p in enumerate(params)]
+        self.params = params
         self.active = self.counted = self._arguments(params, grads, states)
         if reduction is not None and len(counted := reduction.counted(params)) < len(params):
-            self.counted = self._arguments(
-                [params[i] for i in counted], [grads[i] for i in counted], [states[i] for i in counted]
-            )
+            self.params = [params[i] for i in counted]
+            self.counted = self._arguments(self.params, [grads[i] for i in counted], [states[i] for i in counted])
         self.idle = None
         if group.row_of is None and len(params) != len(group.group["params"]):
             moving = set(params)
@@ -295,11 +296,25 @@ class Update:
     def hypergradient(self) -> Tensor:
         """Pass A. Checks all lists before anything is changed."""
         g = self.group
-        sums: Tensor = g.hypergradient(*self.counted, g.nonfinite is not None, g.normalize, self.grad_scale)
+        try:
+            sums: Tensor = g.hypergradient(*self.counted, g.nonfinite is not None, g.normalize, self.grad_scale)
+        except (TypeError, ValueError) as error:
+            raise self._located(error) from None
         if self.found_inf is not None:  # in any group: all of them sit the step out
             norm = sums[:, -1]
             norm.masked_fill_((self.found_inf != 0) & (norm >= 0), math.inf)
         return sums
+
+    def _located(self, error: Exception) -> Exception:
+        """``error`` about ``grads[3]``, say, with the parameter that this is: the caller does not know these lists."""
+        found = re.match(r"\w+\[(\d+)\]", str(error))
+        if found is None:
+            return error
+        p = self.params[int(found[1]) % len(self.params)]
+        i = next(i for i, known in enumerate(self.group.params) if known is p)
+        names = self.group.group.get("param_names")
+        name = f"parameter {i} of its group" if names is None else repr(names[i])
+        return type(error)(f"{error} ({found[0]} belongs to {name}, of shape {tuple(p.shape)})")
 
     def norms(self) -> Tensor:
         sums: Tensor = self.group.norms(*self.counted, self.grad_scale)

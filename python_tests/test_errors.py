@@ -292,9 +292,21 @@ def test_bad_gradients_change_nothing(bad, steps, stack):
         p.grad_dtype = None  # torch lets the two differ then
     p.grad = grad
     before = snapshot(problem, opt)
-    with pytest.raises((ValueError, TypeError), match=words):
+    with pytest.raises((ValueError, TypeError), match=words + ".*belongs to parameter 1 of its group, of shape"):
         opt.step()
     assert_unchanged(before, problem, opt)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_an_error_names_the_parameter(compiled):
+    """The lists of the operators hold only what has a gradient."""
+    names = ["frozen", "idle", "table"]
+    params = [P(torch.zeros(5, 3), requires_grad=name != "frozen") for name in names]
+    opt = hx.HyperOptimizer(zip(names, params, strict=True), hx.Adam() / hx.SGD())
+    params[2].grad = torch.ones(5, 3).to_sparse()
+    step = torch.compile(opt.step, backend="eager") if compiled else opt.step
+    with pytest.raises(ValueError, match=r"use sparse=False \(grads\[0\] belongs to 'table', of shape \(5, 3\)\)"):
+        step()
 
 
 @pytest.mark.parametrize("stack", [hx.Adam() / hx.SGD(), hx.SGD()], ids=str)

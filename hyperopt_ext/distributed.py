@@ -51,9 +51,9 @@ def check_group(group: object) -> None:
 
 
 def device_of(group: ProcessGroup) -> torch.device:
-    """Where the tensors are that a process group adds up."""
-    kinds = [device.type for device in group._device_types]
-    return torch.device("cpu") if "cpu" in kinds else torch.device(kinds[0], torch.accelerator.current_device_index())
+    """Where the tensors are that a process group adds up: on the accelerator, if it has a backend for one."""
+    kinds = [device.type for device in group._device_types if device.type != "cpu"]
+    return torch.device(kinds[0], torch.accelerator.current_device_index()) if kinds else torch.device("cpu")
 
 
 def check_layout(name: str, value: Tensor, p: Any) -> None:

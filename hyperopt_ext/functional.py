@@ -28,6 +28,7 @@ from torch.nn.functional import logsigmoid
 
 from hyperopt_ext import levels
 from hyperopt_ext.stack import RULES, Level, Stack
+from hyperopt_ext.update import is_exporting
 
 State = dict[str, list[Tensor]]
 Params = TypeVar("Params", bound=Sequence[Tensor] | Mapping[str, Tensor])
@@ -120,7 +121,7 @@ def _update(
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor of one number, as torch.tensor({value!r}), not {value!r}")
     values = [
-        hyper[h["name"]] if h["name"] in hyper else step.new_tensor(h["initial"], dtype=torch.float64) for h in known
+        hyper[h["name"]] if h["name"] in hyper else step.new_full((), h["initial"], dtype=torch.float64) for h in known
     ]
     op = getattr(torch.ops.hyperopt_ext, rule).default
     outputs = op(params, grads, [t for name in slots for t in state[name]], values, step, detach)
@@ -277,7 +278,7 @@ class Tower:
             ValueError: lists that do not match, or a state of another stack.
             RuntimeError: under ``torch.export``.
         """
-        if torch.compiler.is_exporting():
+        if is_exporting():
             raise RuntimeError("torch.export does not know autograd.grad; export a step of hx.functional.<rule>")
         if not isinstance(state, TowerState):
             raise TypeError("state must be the TowerState that init() or the last step() returned")

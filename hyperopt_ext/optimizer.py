@@ -19,7 +19,16 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from hyperopt_ext import _C, distributed
 from hyperopt_ext.export import export
 from hyperopt_ext.stack import RULES, Level, Stack, is_number
-from hyperopt_ext.update import Group, Update, check_policy, is_state, move_towers, new_tower, state_dtype
+from hyperopt_ext.update import (
+    Group,
+    Update,
+    check_policy,
+    is_exporting,
+    is_state,
+    move_towers,
+    new_tower,
+    state_dtype,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -119,7 +128,8 @@ class HyperOptimizer(Optimizer):
 
     Hypergradients are made of the gradients that move the parameters: unscaled, if a ``torch.amp.GradScaler`` scaled
     them (``step()`` divides by its scale, without waiting for it; where it found an inf, all groups sit the step out),
-    and clipped, if they were clipped before ``step()``.
+    and clipped, if they were clipped before ``step()``. ``opt.unscales = False`` leaves the division to the scaler, which
+    then waits for the device, as for torch's optimizers that are not fused: Lightning asks for that where it clips.
 
     Non-finite numbers do not spread: see ``nonfinite``. A gradient so large that its squared norm is not finite counts
     as one that is not. :meth:`skipped_steps` counts the steps that a group sat out, :meth:`held_steps` those that its
@@ -131,6 +141,7 @@ class HyperOptimizer(Optimizer):
             ``nonfinite`` is no policy.
     """
 
+    unscales = True
     _shard_group: ProcessGroup | None = None  # no part of what is copied
 
     def __init__(
@@ -157,19 +168,18 @@ class HyperOptimizer(Optimizer):
     # optimizers.
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        return not any("optimizer" in group for group in self.param_groups)
+        return self.unscales and not any("optimizer" in group for group in self.param_groups)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """As in torch.optim."""
         for group in getattr(self, "_groups", ()):
             group.meet_scheduler()
-        groups: list[dict[str, Any]] = self.__dict__["param_groups"]
-        return groups
+        return self._param_groups
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.__dict__["param_groups"] = groups
+        self._param_groups = groups
 
     @property
     def stack(self) -> Stack:
@@ -277,7 +287,7 @@ class HyperOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        if torch.compiler.is_exporting():
+        if is_exporting():
             raise RuntimeError(
                 "torch.export would make constants of the parameters and of the optimizer's state; export a step of "
                 "hx.functional.<rule>"
@@ -315,23 +325,30 @@ class HyperOptimizer(Optimizer):
     def _adopt_groups(self) -> None:
         """Groups may have been taken out or given another policy, and what shards a model puts new lists in place.
 
-        Reads all from the groups first, since dynamo makes guards of what it meets first.
+        What moves an optimizer puts new towers there. Reads all from the groups first, since dynamo makes guards of
+        what it meets first.
         """
-        groups: list[dict[str, Any]] = self.__dict__["param_groups"]
+        groups = self._param_groups
         if len(groups) != len(self._groups) or any(
             group is not g.group
             or group["stack"] is not g.stack
             or group["params"] is not g.params
             or group["nonfinite"] is not g.nonfinite
+            or group["tower"] is not g.tower
             or len(group["params"]) != g.tensors
             for group, g in zip(groups, self._groups, strict=True)
         ):
             for g in self._groups:
-                if g.stack is not g.group["stack"]:
-                    g.group["stack"] = g.stack
+                same, g.group["stack"] = g.stack == g.group["stack"], g.stack
+                if not same:
                     raise ValueError("param group: its stack stays what it is; add_param_group() takes another one")
-                g.adopt_assignments()
+                if g.group["tower"] is g.tower:
+                    g.adopt_assignments()
+            saved = [dict(group) for group in groups]
             self._attach_all()
+            self._adopt_values(saved)
+        for g in self._groups:  # a wrapper that shares the list of groups gives them to a scheduler
+            g.meet_scheduler()
 
     def _group(self, index: int) -> Group:
         self._adopt_groups()
@@ -382,7 +399,7 @@ class HyperOptimizer(Optimizer):
                     "tensors; without one each process has towers of its own"
                 )
             if not group["params"]:
-                device = distributed.device_of(self._shard_group)
+                device = present[0].device if present else distributed.device_of(self._shard_group)
         super().add_param_group(group)
         for name in self.defaults.keys() - {"stack", "maximize", "nonfinite"}:
             group.pop(name, None)
@@ -460,6 +477,13 @@ class HyperOptimizer(Optimizer):
         for group in groups:
             self._attach(group, reduction)
 
+    def _adopt_values(self, saved: list[dict[str, Any]]) -> None:
+        """The hyperparameters of the first level, from what the groups held before :meth:`_attach_all`."""
+        for group, values in zip(self._groups, saved, strict=True):
+            for name, value in group.edited(values).items():
+                if name != "lr" or "initial_lr" not in values or group.initial is None:
+                    group.hyperparameters[0][name].copy_(value)
+
     def _attach(self, group: dict[str, Any], reduction: distributed.Reduction | None) -> None:
         """Adds what is derived from a param group; ``reduction`` is that of all groups."""
         self._reduction = reduction
@@ -479,6 +503,7 @@ class HyperOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._param_groups = self.__dict__.pop("param_groups")  # where torch puts it, past the property
         if all(isinstance(group["stack"], Stack) for group in self.param_groups):  # else load_state_dict() attaches
             self._attach_all()
 
@@ -507,6 +532,9 @@ class HyperOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where the optimizer that gave ``state_dict`` stood, bit for bit.
 
+        If that one had no scheduler, a schedule that this one has ends, as in torch; unless it has made no step yet:
+        then its scheduler is taken to be for what comes.
+
         Raises:
             ValueError: the state dict is of another stack, or of parameters of other shapes. Nothing is changed then.
             TypeError: it is no dict, or one of its hyperparameters is no number. Nothing is changed then.
@@ -514,7 +542,8 @@ class HyperOptimizer(Optimizer):
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be what state_dict() gave, not {type(state_dict).__name__}")
         own = [{name: group[name] for name in _OWN if name in group} for group in self.param_groups]
-        schedules = [None if g.initial is None else (g.entries["lr"], g.initial) for g in self._groups]
+        started = any(is_state(state) for state in self.state.values())
+        schedules = [None if started or g.initial is None else (g.entries["lr"], g.initial) for g in self._groups]
         loaded: dict[str, Any] = {}
 
         def check(_: Optimizer, incoming: dict[str, Any]) -> None:
@@ -556,18 +585,15 @@ class HyperOptimizer(Optimizer):
         It puts the saved towers in the place of those that hyperparameters() gave views of, shares the caller's
         tensors, and casts state to the parameter's dtype.
         """
-        groups = self.__dict__["param_groups"]
+        groups = self._param_groups
         saved = [dict(group) for group in groups]
         for group, mine, schedule in zip(groups, own, schedules, strict=True):
             mine["tower"].copy_(group["tower"])
             group.update(mine)
-            if schedule is not None and "initial_lr" not in group:  # this optimizer has a scheduler, the other had none
+            if schedule is not None and "initial_lr" not in group:  # made for the run that goes on from here
                 group.update(lr=schedule[0], initial_lr=schedule[1])
         self._attach_all()
-        for attached, values in zip(self._groups, saved, strict=True):
-            for name, value in attached.edited(values).items():
-                if name != "lr" or "initial_lr" not in values or attached.initial is None:
-                    attached.hyperparameters[0][name].copy_(value)
+        self._adopt_values(saved)
         for group, incoming in zip(self._groups, loaded["param_groups"], strict=True):
             for key, p in zip(incoming["params"], group.params, strict=True):
                 saved_state = loaded["state"].get(key, {})

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hyperopt_ext.optimizer import HyperOptimizer
 from hyperopt_ext.stack import Stack
+from hyperopt_ext.update import is_capturing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,6 +44,11 @@ class _Track:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def record(self) -> None:
+        if is_capturing(self.tower):
+            raise RuntimeError(
+                "Recorder: a CUDA graph would write each record to the same place; use hook=False, and call record() "
+                "after each replay"
+            )
         if not self.free:
             rows, columns = self.tower.size(0), self.columns.numel()
             records = max(1, min(_CHUNK, _CHUNK_NUMBERS // (rows * columns)))

@@ -16,6 +16,16 @@ from hyperopt_ext.stack import Level, Stack, is_number
 _POLICIES = ("hold", "skip", "raise")
 
 
+def is_exporting() -> bool:
+    """``torch.compiler.is_exporting()``, which dynamo takes for True at every compilation in torch 2.11."""
+    return bool(torch.compiler._is_exporting_flag)
+
+
+def is_capturing(t: Tensor) -> bool:
+    """Whether what is done with ``t`` is not done now, but at each replay of a CUDA graph."""
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def check_policy(policy: Any) -> None:
     if policy is not None and policy not in _POLICIES:
         raise ValueError(f"nonfinite is {policy!r}, but the policies are {', '.join(map(repr, _POLICIES))}")
@@ -158,6 +168,9 @@ class Group:
         self.group.update(self.entries)
         if self.betas is not None:
             self.group["betas"] = self.betas
+        self.names = set(self.group)
+        inner = self.group["optimizer"].param_groups[0] if "optimizer" in self.group else {}
+        self.absent = {*self.stack[0].arguments()} - {*self.names, *inner}
 
     def meet_scheduler(self) -> None:
         """An lr_scheduler writes ``initial_lr``. If it :meth:`scales_lr`, it gets an ``lr`` of its own to write to."""
@@ -172,6 +185,7 @@ class Group:
             self.entries["lr"], self.targets["lr"] = self.hyperparameters[0]["lr"], self.columns["lr"]
             return
         live = self.hyperparameters[0]["lr"]
+        used = live if self.initial is None else live * (self.entries["lr"] / self.initial)
         value = torch.as_tensor(initial, dtype=live.dtype, device=live.device)
         value = value.reshape(-1)
         own = len(value) > 1  # a copy of the lrs of all tensors
@@ -183,14 +197,17 @@ class Group:
                 "param group: a scheduler multiplies this lr by its own over initial_lr, so initial_lr must be "
                 f"greater than 0, not {value.item():g}"
             )
+        entry = value.clone() if own else used.mean()  # starts from the lr in use, whatever initial_lr was brought
         if not own:
             live.copy_(value)
         self.initial = value.clone()
-        self.group.update(initial_lr=self.initial, lr=self.initial.clone())
+        self.group.update(initial_lr=self.initial, lr=entry)
         self.entries["lr"] = self.targets["lr"] = self.group["lr"]
 
     def adopt_assignments(self) -> None:
         """``group["lr"] = 0.1`` is ``group["lr"].fill_(0.1)``: the entry is a view of the tower again."""
+        if len(self.group) != len(self.names):
+            self._check_new_entries()
         if self.betas is not None:
             betas = _pair(self.group["betas"])
             if betas[0] is not self.betas[0] or betas[1] is not self.betas[1]:
@@ -205,6 +222,16 @@ class Group:
                 self.group[name] = live
         if self.initial is not None:
             self.schedule.copy_(self.entries["lr"] / self.initial)
+
+    def _check_new_entries(self) -> None:
+        """Something may have been switched on that the operators of this group do not have."""
+        for name, value in self.group.items():
+            if name in self.absent and (isinstance(value, Tensor) or value):
+                base = self.stack[0]
+                raise ValueError(
+                    f"param group: {name} does nothing here, since this {base} was made without it; "
+                    f"write {base}({name}={value!r})"
+                )
 
     def edited(self, saved: dict[str, Any]) -> dict[str, Tensor]:
         """The values of the first level in a param group of a state dict, where the caller may have edited them."""
@@ -247,8 +274,9 @@ class Update:
         device = group.tower.device
         self.group = group
         self.reduction = reduction
-        self.grad_scale = None if grad_scale is None else grad_scale.to(device, torch.float32, non_blocking=True)
-        self.found_inf = None if found_inf is None else found_inf.to(device, non_blocking=True)
+        queued = device.type != "cpu"  # what is copied to the host has to be there when it is read
+        self.grad_scale = None if grad_scale is None else grad_scale.to(device, torch.float32, non_blocking=queued)
+        self.found_inf = None if found_inf is None else found_inf.to(device, non_blocking=queued)
         self.new: dict[Tensor, dict[str, Tensor]] = {}
         states = [self._state_of(p, state.get(p)) for p in params]
         if reduction is None:
@@ -269,6 +297,8 @@ class Update:
     def _state_of(self, p: Tensor, known: dict[str, Tensor] | None) -> dict[str, Tensor]:
         if is_state(known):
             return known
+        if is_capturing(p):
+            raise RuntimeError("a CUDA graph would create the state of a parameter anew at every replay: step once before")
         self.new[p] = self.group.new_state(p)
         return self.new[p]
 

@@ -44,11 +44,14 @@ class Wrap(Level):
     small to move a parameter counts as nothing. The optimizer's own state stays its own, and is part of
     :meth:`HyperOptimizer.state_dict`.
 
-    An optimizer whose signature says that lr may be a tensor (those of torch.optim do) is given one, and nothing in
-    ``step()`` waits for a value, unless the optimizer itself does; a gradient that is not finite then reaches it, as it
-    does without a tower, and leaves the hyperparameters alone. All others are given numbers, which makes the host wait
-    for the device once a step, and sit such a step out; so do all with a ``nonfinite`` policy. For ``GradScaler``,
-    ``step()`` takes gradients that are unscaled; the scaler does that by itself. It is not for ``torch.compile``.
+    The optimizer is given its lr and weight decay as numbers, for which the host waits once a step, and sits out a step
+    whose gradient is not finite. One with ``capturable=True``, of which only lr is learned and which has no
+    ``nonfinite`` policy, is given lr as a tensor, and nothing in ``step()`` waits for a value; a gradient that is not
+    finite then reaches it, as it does without a tower, and leaves the hyperparameters alone, and its weight decay stays
+    as it was made. What else is written to a param group goes to the optimizer, if that has an entry of the name
+    (``group["momentum"] = 0.9``). For ``GradScaler``, ``step()`` takes gradients that are unscaled; the scaler does that
+    by itself. It is not for ``torch.compile``, and hooks of all optimizers
+    (``register_optimizer_step_post_hook``) see the optimizer's steps as well as the tower's.
 
     Raises:
         TypeError: ``optimizer`` cannot be called, has no lr, or no argument of a name that was given; or, by
@@ -157,10 +160,12 @@ class Wrap(Level):
         return "weight_decay" in self._parameters(self.optimizer)
 
     def takes_tensors(self) -> bool:
-        """Whether its lr may be a tensor, as far as its signature tells."""
-        if self.own.get("foreach") and not self.own.get("capturable"):  # torch.optim's Adams want a number then
-            return False
-        return "Tensor" in str(self._parameters(self.optimizer)["lr"].annotation)
+        """Whether an lr that is a tensor makes it wait for nothing, as far as its arguments tell.
+
+        Those of torch.optim that are not capturable read it for each parameter, and fused ones want it in fp32.
+        """
+        capturable = self.own.get("capturable") and not self.own.get("fused")
+        return bool(capturable) and "Tensor" in str(self._parameters(self.optimizer)["lr"].annotation)
 
     def __str__(self) -> str:
         make: Any = self.optimizer
@@ -182,11 +187,14 @@ class _WrappedStep:
 
     def __init__(self, level: Wrap, group: dict[str, Any]) -> None:
         self.optimizer: Optimizer = group["optimizer"]
+        self.group = group
         self.names = level.learn_names
         self.start = _C.tower_offsets(group["stack"].plan())[0][2]
-        self.follows = [name for name in level.values() if name in self.optimizer.param_groups[0]]
         self.values = list(level.values())
-        self.waits = group["nonfinite"] is not None or not level.takes_tensors()
+        takes = level.takes_tensors() and "weight_decay" not in self.names
+        self.waits = group["nonfinite"] is not None or not takes
+        self.follows = [name for name in self.values if name in self.optimizer.param_groups[0]] if self.waits else ["lr"]
+        self.passed_on = {*level.arguments()} - {*self.values, "maximize"}
 
     def __call__(
         self,
@@ -217,30 +225,31 @@ class _WrappedStep:
             inner["maximize"] = scale < 0
         elif scale < 0:
             raise ValueError("Wrap: the optimizer has no maximize; change the sign of the loss")
+        for name in self.passed_on & self.group.keys():
+            inner[name] = self.group[name]
         for name in self.follows:
             inner[name] = values[self.values.index(name)]
 
         # z <- keep z + d(update)/dh in place, with the parameters as they are before and after the update.
         lr = used[self.values.index("lr")]
-        per_lr = torch.where(lr == 0, 0.0, 1 / lr)
+        unit = torch.where(lr == 0, 1.0, lr)  # an update of 0 says nothing of one per lr: the trace fades
         n = len(params)
         traces = {name: record[k * n : (k + 1) * n] for k, name in enumerate(self.names)} if learn else {}
-        if "lr" in traces:  # the update over lr
-            self._fade(traces["lr"], lr, steps, horizon, horizon_growth)
-            torch._foreach_sub_(traces["lr"], params)
         if "weight_decay" in traces:  # -lr w
-            self._fade(traces["weight_decay"], per_lr, steps, horizon, horizon_growth)
-            torch._foreach_sub_(traces["weight_decay"], params)
-            torch._foreach_mul_(traces["weight_decay"], lr)
+            self._fade(traces["weight_decay"], torch.ones_like(lr), steps, horizon, horizon_growth)
+            torch._foreach_addcmul_(traces["weight_decay"], params, [-lr] * n)
+        if "lr" in traces:  # the update over lr
+            self._fade(traces["lr"], unit, steps, horizon, horizon_growth)
+            torch._foreach_sub_(traces["lr"], params)
         every = inner["params"]
         inner["params"] = params
         try:
             self.optimizer.step()
         finally:
             inner["params"] = every
-        if "lr" in traces:
-            torch._foreach_add_(traces["lr"], params)
-            torch._foreach_mul_(traces["lr"], per_lr)
+            if "lr" in traces:  # after an error, too: the parameters were taken off
+                torch._foreach_add_(traces["lr"], params)
+                torch._foreach_mul_(traces["lr"], 1 / unit)
         torch._foreach_add_(steps, 1)
         torch._foreach_add_(ticks, 1)
 

@@ -164,9 +164,56 @@ def test_a_level_that_nothing_tunes_though_it_says_how_is_a_warning(level, names
             hx.HyperOptimizer(params, alone)
 
 
+def test_what_is_switched_on_later_is_an_error():
+    """torch.optim would heed it: here it takes other operators."""
+    for level, name, value in [
+        (hx.SGD(), "momentum", 0.9),
+        (hx.SGD(), "nesterov", True),
+        (hx.RMSprop(), "momentum", torch.tensor(0.9)),
+        (hx.RMSprop(), "centered", True),
+        (hx.Adam(), "horizon", 10),
+    ]:
+        problem = Regression(4)
+        opt = hx.HyperOptimizer(problem.model.parameters(), level / hx.SGD(lr=1e-6))
+        problem.train(opt, range(1))
+        before = [p.detach().clone() for p in problem.model.parameters()]
+        opt.param_groups[0][name] = value
+        for _ in range(2):
+            with pytest.raises(ValueError, match=rf"{name} does nothing here, .* write {level}\({name}="):
+                problem.train(opt, range(1, 2))
+        assert all(torch.equal(p, q) for p, q in zip(problem.model.parameters(), before, strict=True))
+        opt.param_groups[0][name] = False
+        opt.param_groups[0]["rho"] = 0.05  # a wrapper's own
+        problem.train(opt, range(1, 3))
+        del opt.param_groups[0][name]
+        problem.train(opt, range(3, 4))
+
+
+def test_a_tower_that_is_moved_is_followed():
+    """As where each tensor of a param group is put elsewhere; what was written meanwhile counts."""
+    here, there = Regression(12), Regression(12)
+    moved, stays = (hx.HyperOptimizer(problem.model.parameters(), STACK) for problem in (here, there))
+    for steps in (range(4), range(4, 8), range(8, 12)):
+        here.train(moved, steps)
+        there.train(stays, steps)
+        for group in moved.param_groups:
+            for name, value in group.items():
+                if isinstance(value, torch.Tensor):
+                    group[name] = value.clone()
+        if steps.stop == 8:
+            moved.param_groups[0]["lr"] = 0.005
+            stays.param_groups[0]["lr"] = 0.005
+        assert torch.equal(moved.state_dict()["param_groups"][0]["tower"], moved._groups[0].tower)
+    assert same(here, there)
+    assert values(moved) == values(stays)
+    assert torch.equal(moved.param_groups[0]["tower"], stays.param_groups[0]["tower"])
+
+
 def test_a_group_keeps_its_stack():
     problem = Regression(2)
     opt = hx.HyperOptimizer(problem.model.parameters(), STACK)
+    opt.param_groups[0]["stack"] = hx.Stack(STACK.levels)  # an equal one
+    problem.train(opt, range(1))
     opt.param_groups[0]["stack"] = hx.Stack.coerce(hx.Adam())
     with pytest.raises(ValueError, match="its stack stays what it is"):
         problem.train(opt, range(1))

@@ -19,6 +19,13 @@ from hyperopt_ext.testing import ReferenceTower
 STEPS = 30
 LR = 0.02
 
+
+def with_initial_lr(opt, lr):
+    for group in opt.param_groups:
+        group["initial_lr"] = lr
+    return opt
+
+
 # Every scheduler, absolute and recursive ones, alone and nested.
 SCHEDULERS = {
     "LambdaLR": lambda opt: schedulers.LambdaLR(opt, lambda t: min(1.0, (t + 1) / 10)),
@@ -41,6 +48,7 @@ SCHEDULERS = {
         [schedulers.ConstantLR(opt, 0.5, 7), schedulers.ExponentialLR(opt, 0.95)]
     ),
     "SWALR": lambda opt: SWALR(opt, 0.005, 10),
+    "SWALR of Lightning": lambda opt: SWALR(with_initial_lr(opt, 0.05), 0.05, 10),
 }
 MOMENTUM = {
     "CyclicLR": lambda opt: schedulers.CyclicLR(opt, 0.01, 0.03, 6, base_momentum=0.6, max_momentum=0.9),
@@ -115,9 +123,18 @@ LEARNED = {
 }
 
 
+class Sharing(torch.optim.Optimizer):
+    """A wrapper that gives the scheduler the groups of the optimizer inside, as those of SAM and Lookahead do."""
+
+    def __init__(self, inside):
+        super().__init__(inside.param_groups, {})
+        self.param_groups = inside.param_groups
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["", "through a wrapper"])
 @every_scheduler
 @pytest.mark.parametrize("stack", LEARNED.values(), ids=LEARNED)
-def test_a_learned_lr_is_multiplied_and_the_hypergradient_is_that_of_the_learned_one(schedule, stack):
+def test_a_learned_lr_is_multiplied_and_the_hypergradient_is_that_of_the_learned_one(schedule, stack, shared):
     """Against plain autograd through (factor of the scheduler) * (learned lr)."""
     problem = Regression(STEPS)
     opt = hx.HyperOptimizer(problem.model.parameters(), stack)
@@ -126,7 +143,7 @@ def test_a_learned_lr_is_multiplied_and_the_hypergradient_is_that_of_the_learned
         problem.model.parameters(), hx.Stack((stack[0].replace(lr=initial), *stack.levels[1:])), TWINS
     )
     learned_of = reference.levels[0].h
-    for i in train(problem, opt, schedule(opt)):
+    for i in train(problem, opt, schedule(Sharing(opt) if shared else opt)):
         reference.levels[0].h = lambda i=i: {**learned_of(), "lr": learned_of()["lr"] * factor[i]}
         reference.step(lambda params, i=i: problem.loss_of(i, params))
         learned, used = opt.hyperparameters()[0]["lr"].item(), opt.in_use()[0]["lr"].item()
@@ -235,6 +252,38 @@ def test_a_scheduler_that_comes_with_a_checkpoint_of_a_run_without_one():
     for _ in train(problem, resumed, scheduler, range(5, 6)):
         assert resumed.in_use()[0]["lr"] == 0.5 * resumed.hyperparameters()[0]["lr"]
     assert resumed.hyperparameters()[0]["lr"].item() == pytest.approx(opt.hyperparameters()[0]["lr"].item(), rel=0.1)
+
+
+RESTARTED = {
+    "LambdaLR": lambda opt: schedulers.LambdaLR(opt, lambda t: 0.9**t),
+    **{name: SCHEDULERS[name] for name in ("CosineAnnealingLR", "ExponentialLR", "LinearLR", "SequentialLR")},
+    "OneCycleLR": SCHEDULERS["OneCycleLR"],
+}
+
+
+@pytest.mark.parametrize("schedule", RESTARTED.values(), ids=RESTARTED)
+@pytest.mark.parametrize("stack", [LEARNED["linear"], FIXED["sgd"], FIXED["one level"]], ids=str)
+def test_a_run_that_starts_again_from_a_snapshot_without_a_scheduler_is_the_same(schedule, stack):
+    """As for the folds of a cross-validation, or after a search for an lr."""
+    problem = Regression(12)
+    opt = hx.HyperOptimizer(problem.model.parameters(), stack)
+    problem.train(opt, range(2))
+    start = copy.deepcopy((problem.model.state_dict(), opt.state_dict()))
+    seen = []
+    for fold in range(3):
+        if fold > 0:
+            problem.model.load_state_dict(start[0])
+            opt.load_state_dict(start[1])
+            assert opt.param_groups[0]["lr"].equal(opt.hyperparameters()[0]["lr"])
+            assert "initial_lr" not in opt.param_groups[0]
+        for _ in train(problem, opt, schedule(opt), range(2, 12)):
+            pass
+        seen.append([p.detach().clone() for p in problem.model.parameters()])
+        if fold == 1:  # a search, at an lr that is far off
+            problem.model.load_state_dict(start[0])
+            for _ in train(problem, opt, schedulers.ExponentialLR(with_initial_lr(opt, 1e-9), 3.0), range(10)):
+                pass
+    torch.testing.assert_close(seen[1:], seen[:1] * 2, rtol=0, atol=0)
 
 
 def test_one_lr_for_each_tensor():

@@ -215,6 +215,90 @@ def test_a_frozen_parameter_does_not_move():
     assert len(opt.param_groups[0]["optimizer"].param_groups[0]["params"]) == 4
 
 
+def test_an_lr_of_0_leaves_the_traces():
+    """An update of 0 says nothing of one per lr: here the trace fades, while the library's own level goes on."""
+    problem = Regression(8)
+    stack = hx.Wrap(torch.optim.AdamW, lr=0.02, weight_decay=0.1, learn=("lr", "weight_decay"), horizon=4) / hx.SGD()
+    opt = hx.HyperOptimizer(problem.model.parameters(), stack)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: 0.0 if t == 5 else 1.0)
+    p = problem.model[0].weight
+    for i in range(7):
+        before = {name: t.clone() for name, t in opt.state[p].items() if name.startswith("trace")}
+        w = p.detach().clone()
+        problem.train(opt, range(i, i + 1))
+        if i == 5:
+            assert torch.equal(p, w)
+            for name, trace in before.items():
+                torch.testing.assert_close(opt.state[p][name], 0.75 * trace, rtol=1e-12, atol=1e-15)
+        scheduler.step()
+
+
+def test_an_error_of_the_optimizer_leaves_the_traces():
+    class Fails(torch.optim.SGD):
+        fails = False
+
+        def step(self, closure=None):
+            if self.fails:
+                raise RuntimeError("no memory")
+            super().step()
+
+    problem = Regression(6)
+    opt = hx.HyperOptimizer(problem.model.parameters(), hx.Wrap(Fails, lr=0.1, horizon=4) / hx.SGD(lr=1e-4))
+    problem.train(opt, range(3))
+    inner = opt.param_groups[0]["optimizer"]
+    p = problem.model[0].weight
+    trace, w = opt.state[p]["trace_lr"].clone(), p.detach().clone()
+    inner.fails = True
+    with pytest.raises(RuntimeError, match="no memory"):
+        problem.train(opt, range(3, 4))
+    torch.testing.assert_close(opt.state[p]["trace_lr"], 0.75 * trace, rtol=1e-9, atol=1e-12)
+    assert torch.equal(p, w)
+    inner.fails = False
+    problem.train(opt, range(4, 6))
+
+
+def test_what_is_written_to_the_group_reaches_the_optimizer():
+    ours, theirs = Regression(8), Regression(8)
+    opt = hx.HyperOptimizer(ours.model.parameters(), hx.Wrap(torch.optim.SGD, lr=0.02, momentum=0.5))
+    other = torch.optim.SGD(theirs.model.parameters(), lr=0.02, momentum=0.5)
+    ours.train(opt, range(2))
+    theirs.train(other, range(2))
+    for group in (opt.param_groups[0], other.param_groups[0]):
+        group.update(momentum=0.9, nesterov=True, weight_decay=0.1)
+    ours.train(opt, range(2, 5))
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    ours.train(opt, range(5, 8))
+    theirs.train(other, range(2, 8))
+    for p, q in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-15)
+    opt.param_groups[0]["horizon"] = 10
+    with pytest.raises(ValueError, match="horizon does nothing here"):
+        opt.step()
+
+
+def test_an_optimizer_that_is_capturable_gets_a_tensor_and_nothing_else():
+    """So that it waits for nothing: others read a tensor once for each parameter."""
+    seen = []
+
+    class Looks(torch.optim.Optimizer):
+        def __init__(self, params, lr: float | torch.Tensor = 0.1, weight_decay=0.0, capturable=False, fused=False):
+            super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+        def step(self, closure=None):
+            seen.append({name: type(value) for name, value in self.param_groups[0].items() if name != "params"})
+
+    for arguments, learn, lr in [
+        ({"capturable": True}, "lr", torch.Tensor),
+        ({"capturable": True}, ("lr", "weight_decay"), float),
+        ({"capturable": True, "fused": True}, "lr", float),
+        ({}, "lr", float),
+    ]:
+        problem = Regression(2)
+        opt = hx.HyperOptimizer(problem.model.parameters(), hx.Wrap(Looks, learn=learn, **arguments) / hx.SGD())
+        problem.train(opt, range(2))
+        assert seen[-1] == {"lr": lr, "weight_decay": float}
+
+
 def test_without_a_level_above_it_is_the_optimizer_itself():
     ours, theirs = Regression(10), Regression(10)
     ours.train(hx.HyperOptimizer(ours.model.parameters(), hx.Wrap(torch.optim.Adam, lr=0.02, eps=1e-6)), range(10))

@@ -15,7 +15,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import Contender, describe_machine, fit_line, interleave, median, output, save, timing_options
+from harness import (
+    WARM_UP_CALLS,
+    Contender,
+    describe_machine,
+    fit_line,
+    interleave,
+    median,
+    output,
+    save,
+    timing_options,
+)
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from mlp import BATCH, MLP
@@ -31,6 +41,7 @@ from hyperopt_ext.update import Update
 TINY = hx.SGD(lr=1e-14)  # the sums that it multiplies grow with the number of elements
 HEIGHTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 HEAD_START = 20_000_000  # cycles of the GPU, some ten milliseconds
+MOST_CALLS = 16  # in a batch: no more launches than can be queued
 
 # Bytes that a step moves for an fp32 parameter: pass A, then pass B. Of torch: in one pass.
 STACKS: dict[str, tuple[Callable[[list[Tensor]], torch.optim.Optimizer], tuple[int, int]]] = {
@@ -45,17 +56,24 @@ STACKS: dict[str, tuple[Callable[[list[Tensor]], torch.optim.Optimizer], tuple[i
 
 
 class DeviceContender(Contender):
-    """Timed by the device's clock."""
+    """Timed by the device's clock. The host queues the calls while the device sleeps: its own time does not count."""
+
+    head_start = HEAD_START
 
     def seconds(self, calls: int) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(HEAD_START)  # the host queues the calls meanwhile, so that none of its time is counted
-        start.record()
-        for _ in range(calls):
-            self.run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / calls / 1e3
+        while self.head_start <= 64 * HEAD_START:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(self.head_start)
+            start.record()
+            for _ in range(calls):
+                self.run()
+            late = start.query()
+            end.record()
+            end.synchronize()
+            if not late:
+                return start.elapsed_time(end) / calls / 1e3
+            self.head_start *= 2
+        raise RuntimeError(f"the host takes longer to queue {calls} calls than the device sleeps")
 
 
 def parameters(shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
@@ -68,8 +86,12 @@ def parameters(shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
 
 
 def timed(runs: Mapping[Any, Callable[[], object]], rounds: int, title: str) -> dict[Any, Any]:
+    for run in runs.values():
+        for _ in range(WARM_UP_CALLS):  # what a first call loads would be taken for a host that is late
+            run()
+    torch.cuda.synchronize()
     contenders = {name: DeviceContender(run) for name, run in runs.items()}
-    return interleave(contenders, rounds, title, batch_of=next(iter(contenders)))
+    return interleave(contenders, rounds, title, batch_of=next(iter(contenders)), most=MOST_CALLS)
 
 
 def copy_bandwidth(elements: int, rounds: int) -> float:

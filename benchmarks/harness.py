@@ -74,7 +74,11 @@ class Contender:
 
 
 def interleave(
-    contenders: Mapping[Key, Contender], rounds: int, title: str, batch_of: Key | None = None
+    contenders: Mapping[Key, Contender],
+    rounds: int,
+    title: str,
+    batch_of: Key | None = None,
+    most: int | None = None,
 ) -> dict[Key, Samples]:
     """Times the contenders against each other, under a progress bar.
 
@@ -84,6 +88,7 @@ def interleave(
         title: stands at the progress bar.
         batch_of: a contender that fixes the size of a batch, the same for all: as many calls as it makes in 2 ms.
             ``None`` is a batch of one call.
+        most: calls in a batch. Default: any number.
 
     Returns:
         The seconds of a call of each contender, one number a round.
@@ -93,6 +98,7 @@ def interleave(
     batch = 1
     if batch_of is not None:
         batch = max(1, round(2e-3 / min(contenders[batch_of].seconds(1) for _ in range(5))))
+        batch = batch if most is None else min(batch, most)
     samples = {name: np.empty(rounds) for name in contenders}
     order = list(contenders)
     shuffle = random.Random(0).shuffle

@@ -329,6 +329,7 @@ void define_reading(const Rule& rule, const std::string& suffix, const std::stri
     });
   });
   impl(name, c10::DispatchKey::Meta, of_pass<More...>([columns](const Pass& pass, More...) {
+         check_devices(pass);
          return at::empty_symint({pass.tower.sym_size(0), std::int64_t(columns)}, pass.tower.options());
        }));
   not_differentiable(name);
@@ -352,7 +353,7 @@ void define_writing(const Rule& rule, const std::string& suffix, const std::vect
          }
          for (TensorList Pass::* list : written) wrote(pass.*list);
        }));
-  impl(name, c10::DispatchKey::Meta, of_pass([](const Pass&) {}));
+  impl(name, c10::DispatchKey::Meta, of_pass([](const Pass& pass) { check_devices(pass); }));
 }
 
 // R, the functional form.

@@ -37,6 +37,13 @@ Item new_item(const at::Tensor& param) {
 
 }  // namespace
 
+void check_devices(const Pass& pass) {
+  for (std::size_t i = 0; i < pass.params.size(); ++i)
+    TORCH_CHECK_VALUE(pass.params[i].device() == pass.tower.device(), "params[", i, "] is on ", pass.params[i].device(),
+                      ", but the tower of its group is on ", pass.tower.device(),
+                      "; make the optimizer when the model is where it will be trained");
+}
+
 void check(const Rule& rule, const Pass& pass) {
   TORCH_CHECK_VALUE((pass.learn & ~rule.sets.back().mask) == 0, "learn names hyperparameters that rule '", rule.name,
                     "' does not have: it has ", rule.hypers.size(), ", and learn is ", std::int64_t(pass.learn));
@@ -55,6 +62,7 @@ void check(const Rule& rule, const Pass& pass) {
   length("ticks", pass.ticks.size(), n);
   if (!pass.rows.empty()) length("rows", pass.rows.size(), n);
   TORCH_CHECK_VALUE(pass.horizon >= 1.0, "horizon must be at least 1, not ", pass.horizon);
+  check_devices(pass);
   const at::Tensor& tower = pass.tower;
   TORCH_CHECK_VALUE(tower.dim() == 2 && tower.scalar_type() == at::kDouble && tower.is_contiguous() &&
                         tower.size(0) >= 1 && tower.size(1) >= kHeader + kValues * std::int64_t(rule.hypers.size()),
@@ -80,8 +88,6 @@ void check(const Rule& rule, const Pass& pass) {
     const at::Tensor& param = pass.params[i];
     TORCH_CHECK_VALUE(param.layout() == at::kStrided, "params[", i, "] is ", param.layout(),
                       ", but only dense tensors are supported");
-    TORCH_CHECK_VALUE(param.device() == tower.device(), "params[", i, "] is on ", param.device(),
-                      ", but the tower of its group is on ", tower.device());
     TORCH_CHECK_VALUE(at::has_internal_overlap(param) != at::MemOverlap::Yes, "params[", i,
                       "] holds several elements in one place (expand?) and cannot be written to; use its clone()");
     scalar_type(param);

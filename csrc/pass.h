@@ -48,6 +48,9 @@ struct Pass {
 // call it before they call the device.
 void check(const Rule& rule, const Pass& pass);
 
+// The part of it that does not need the tensors' memory: a parameter beside a tower of the meta device would not move.
+void check_devices(const Pass& pass);
+
 // The inputs of one step in the functional form: as Pass, but with given values, on the device of the parameters.
 struct Inputs {
   at::TensorList params, grads, state;

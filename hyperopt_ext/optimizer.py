@@ -128,8 +128,9 @@ class HyperOptimizer(Optimizer):
 
     Hypergradients are made of the gradients that move the parameters: unscaled, if a ``torch.amp.GradScaler`` scaled
     them (``step()`` divides by its scale, without waiting for it; where it found an inf, all groups sit the step out),
-    and clipped, if they were clipped before ``step()``. ``opt.unscales = False`` leaves the division to the scaler, which
-    then waits for the device, as for torch's optimizers that are not fused: Lightning asks for that where it clips.
+    and clipped, if they were clipped before ``step()``. ``opt.unscales = False`` leaves the division to the scaler,
+    which then waits for the device, as for torch's optimizers that are not fused: Lightning asks for that where it
+    clips.
 
     Non-finite numbers do not spread: see ``nonfinite``. A gradient so large that its squared norm is not finite counts
     as one that is not. :meth:`skipped_steps` counts the steps that a group sat out, :meth:`held_steps` those that its
@@ -499,7 +500,7 @@ class HyperOptimizer(Optimizer):
         for group in self._groups:
             group.adopt_assignments()
         state: dict[str, Any] = super().__getstate__()
-        return state
+        return {**state, "unscales": self.unscales}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -594,10 +595,10 @@ class HyperOptimizer(Optimizer):
                 group.update(lr=schedule[0], initial_lr=schedule[1])
         self._attach_all()
         self._adopt_values(saved)
-        for group, incoming in zip(self._groups, loaded["param_groups"], strict=True):
-            for key, p in zip(incoming["params"], group.params, strict=True):
+        for attached, incoming in zip(self._groups, loaded["param_groups"], strict=True):
+            for key, p in zip(incoming["params"], attached.params, strict=True):
                 saved_state = loaded["state"].get(key, {})
-                for name in group.state_names() if "step" in saved_state else ():
+                for name in attached.state_names() if "step" in saved_state else ():
                     value = saved_state[name]
                     like = value if name in ("step", "tick") else p
                     state = torch.empty_like(like, dtype=state_dtype(p, name), device=p.device, requires_grad=False)

@@ -298,7 +298,7 @@ class Update:
         if is_state(known):
             return known
         if is_capturing(p):
-            raise RuntimeError("a CUDA graph would create the state of a parameter anew at every replay: step once before")
+            raise RuntimeError("a CUDA graph would create a parameter's state anew at every replay: step once before")
         self.new[p] = self.group.new_state(p)
         return self.new[p]
 

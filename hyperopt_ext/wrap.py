@@ -49,8 +49,8 @@ class Wrap(Level):
     ``nonfinite`` policy, is given lr as a tensor, and nothing in ``step()`` waits for a value; a gradient that is not
     finite then reaches it, as it does without a tower, and leaves the hyperparameters alone, and its weight decay stays
     as it was made. What else is written to a param group goes to the optimizer, if that has an entry of the name
-    (``group["momentum"] = 0.9``). For ``GradScaler``, ``step()`` takes gradients that are unscaled; the scaler does that
-    by itself. It is not for ``torch.compile``, and hooks of all optimizers
+    (``group["momentum"] = 0.9``). For ``GradScaler``, ``step()`` takes gradients that are unscaled; the scaler does
+    that by itself. It is not for ``torch.compile``, and hooks of all optimizers
     (``register_optimizer_step_post_hook``) see the optimizer's steps as well as the tower's.
 
     Raises:
@@ -193,7 +193,8 @@ class _WrappedStep:
         self.values = list(level.values())
         takes = level.takes_tensors() and "weight_decay" not in self.names
         self.waits = group["nonfinite"] is not None or not takes
-        self.follows = [name for name in self.values if name in self.optimizer.param_groups[0]] if self.waits else ["lr"]
+        followed = self.values if self.waits else ["lr"]
+        self.follows = [name for name in followed if name in self.optimizer.param_groups[0]]
         self.passed_on = {*level.arguments()} - {*self.values, "maximize"}
 
     def __call__(

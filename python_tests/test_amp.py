@@ -32,6 +32,22 @@ def same(a, b):
 
 
 @every_stack
+def test_the_division_may_be_left_to_the_scaler(stack):
+    divided, plain = Regression(STEPS), Regression(STEPS)
+    opt, expected = (hx.HyperOptimizer(p.model.parameters(), stack) for p in (divided, plain))
+    opt.unscales = False
+    divided, opt = copy.deepcopy((divided, opt))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+    for i in range(STEPS):
+        scaled_step(divided, opt, scaler, i)
+        plain.train(expected, range(i, i + 1))
+        for p, q in zip(divided.model.parameters(), plain.model.parameters(), strict=True):
+            assert torch.equal(p.grad, q.grad)
+    assert same(divided, plain)
+    assert values(opt) == values(expected)
+
+
+@every_stack
 def test_scaled_gradients_give_what_gradients_give(stack):
     """A scale that is a power of two, and grows, changes no bit: the hypergradient, too, is that of the loss."""
     scaled, plain = Regression(STEPS), Regression(STEPS)

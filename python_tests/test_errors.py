@@ -322,6 +322,38 @@ def test_a_parameter_that_overlaps_itself_changes_nothing(stack):
     assert torch.equal(first, torch.zeros(3))
 
 
+@pytest.mark.parametrize("stack", [hx.SGD() / hx.SGD(), hx.Adam(), hx.Adam(trust=0.1)], ids=str)
+def test_a_tower_without_memory_is_an_error(stack):
+    """Of an optimizer that was made on the meta device, whose parameters then got theirs in place."""
+    model = torch.nn.Linear(4, 2, device="meta")
+    opt = hx.HyperOptimizer(model.parameters(), stack)
+    for p in model.parameters():
+        torch.utils.swap_tensors(p, P(torch.ones(p.shape)))
+        p.grad = torch.ones_like(p)
+    words = r"params\[0\] is on cpu, but the tower .* on meta; make the optimizer when .* belongs to parameter 0"
+    with pytest.raises(ValueError, match=words):
+        opt.step()
+    assert all(bool((p == 1).all()) for p in model.parameters())
+
+
+def test_a_graph_that_would_create_state_is_an_error(monkeypatch):
+    """What a capture is can only be shown on a GPU (test_device.py)."""
+    opt = hx.HyperOptimizer([p := param()], hx.Adam() / hx.SGD())
+    recorder = hx.Recorder(opt)
+    p.grad = torch.ones(2)
+    with monkeypatch.context() as patch:
+        patch.setattr("hyperopt_ext.update.is_capturing", lambda t: True)
+        with pytest.raises(RuntimeError, match="create a parameter's state anew at every replay: step once before"):
+            opt.step()
+    assert not opt.state
+    assert not len(recorder)
+    opt.step()
+    with monkeypatch.context() as patch:
+        patch.setattr("hyperopt_ext.recorder.is_capturing", lambda t: True)
+        with pytest.raises(RuntimeError, match="write each record to the same place; use hook=False"):
+            opt.step()
+
+
 def test_another_dtype_is_met_by_the_state_dict():
     problem = Regression(5)
     problem.model.float()

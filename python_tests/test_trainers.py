@@ -82,6 +82,33 @@ def test_lightning_makes_the_steps_of_a_plain_loop(tmp_path):
     assert torch.equal(trainer.optimizers[0].param_groups[0]["tower"], opt.param_groups[0]["tower"])
 
 
+@pytest.mark.parametrize("unscales", [True, False])
+def test_lightning_clips_under_mixed_precision_what_it_unscales_itself(tmp_path, unscales):
+    class Own(Module):
+        def configure_optimizers(self):
+            opt = super().configure_optimizers()
+            opt.unscales = unscales
+            return opt
+
+    model = Own()
+    if unscales:
+        with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
+            fit(model, 1, tmp_path, precision="bf16-mixed")
+        return
+    trainer = fit(model, 1, tmp_path, precision="bf16-mixed", accumulate=1)
+    other = Module()
+    opt = other.configure_optimizers()
+    for x, y in data():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = (other.net(x) - y).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(other.parameters(), 0.5)
+        opt.step()
+        opt.zero_grad()
+    assert same(model.parameters(), other.parameters())
+    assert torch.equal(trainer.optimizers[0].param_groups[0]["tower"], opt.param_groups[0]["tower"])
+
+
 def test_a_closure_without_a_loss_makes_no_step(tmp_path):
     trainer = fit(Module(skipped=(1, 3)), 1, tmp_path, accumulate=1)
     assert trainer.optimizers[0].state[next(trainer.model.parameters())]["step"] == 6

@@ -30,7 +30,9 @@ class Model(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self) -> hx.HyperOptimizer:
-        return hx.auto(self.parameters(), "adamw")
+        opt = hx.auto(self.parameters(), "adamw")
+        opt.unscales = False  # Lightning divides by the loss scale, which it asks for where it clips in mixed precision
+        return opt
 
 
 class LevelsMonitor(lightning.Callback):

@@ -400,6 +400,47 @@ class TestOnlyOnAGPU:
         for x, y in zip(graphed.hyperparameters(), eager.hyperparameters(), strict=True):
             assert all(torch.equal(x[name], y[name]) for name in x)
 
+    def test_a_first_step_is_not_captured(self):
+        """Each replay would start from new state."""
+        with torch.device("cuda"):
+            [p] = params = [torch.nn.Parameter(torch.ones(3))]
+            opt = hx.HyperOptimizer(params, self.STACK)
+            p.grad = torch.ones(3)
+            with pytest.raises(RuntimeError, match="step once before"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+                p.grad.mul_(1.0)  # a graph is not empty
+                opt.step()
+            assert not opt.state
+            opt.step()
+
+    @pytest.mark.parametrize("arguments", [{}, {"foreach": True}, {"fused": True}, {"capturable": True}], ids=str)
+    def test_wrapped_optimizers(self, arguments):
+        def make(level):
+            params = [torch.nn.Parameter(torch.linspace(-1, 1, n)) for n in (1, 7, 3000)]
+            return train(level / hx.SGD(lr=1e-6), params, steps=5)
+
+        with torch.device("cuda"):
+            wrapped = make(hx.Wrap(torch.optim.AdamW, lr=0.01, **arguments))
+            own = make(hx.AdamW(lr=0.01, learn="lr"))
+            for p, q in zip(wrapped.param_groups[0]["params"], own.param_groups[0]["params"], strict=True):
+                torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+            assert wrapped.param_groups[0]["lr"].item() != 0.01
+            if "capturable" in arguments:
+                torch.cuda.set_sync_debug_mode("error")
+                try:
+                    wrapped.step()
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+
+    def test_the_functional_form_waits_for_nothing(self):
+        with torch.device("cuda"):
+            w, lr, step = [torch.ones(5)], torch.tensor(0.1), torch.tensor(1)
+            hx.functional.adam(w, w, None, {"lr": lr}, step)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                hx.functional.adam(w, w, None, {"lr": lr}, step)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
     def test_a_step_runs_on_the_current_stream(self):
         with torch.device("cuda"):
             opt, other = (train(self.STACK, shaped(torch.float32)[:6], steps=2) for _ in range(2))

@@ -185,9 +185,9 @@ class Group:
             self.entries["lr"], self.targets["lr"] = self.hyperparameters[0]["lr"], self.columns["lr"]
             return
         live = self.hyperparameters[0]["lr"]
-        used = live if self.initial is None else live * (self.entries["lr"] / self.initial)
-        value = torch.as_tensor(initial, dtype=live.dtype, device=live.device)
-        value = value.reshape(-1)
+        used = torch.as_tensor(self.group["lr"], dtype=live.dtype, device=live.device)  # perhaps assigned just now
+        used = used if self.initial is None else live * (used / self.initial)
+        value = torch.as_tensor(initial, dtype=live.dtype, device=live.device).reshape(-1)
         own = len(value) > 1  # a copy of the lrs of all tensors
         same = not own or bool((value == value[0]).all())
         value = value[0] if same else value.new_tensor(self.stack[0].values()["lr"])

@@ -384,6 +384,24 @@ def test_without_its_initial_lr_a_schedule_is_over():
         opt.load_state_dict(state_dict)
 
 
+@pytest.mark.parametrize("granularity", ["group", "tensor"])
+def test_an_lr_that_was_assigned_before_a_scheduler_came_counts(granularity):
+    problem, plain = Regression(4), Regression(4)
+    stack = hx.SGD(lr=LR, granularity=granularity) / hx.SGD(lr=0.0)
+    opt, other = hx.HyperOptimizer(problem.model.parameters(), stack), torch.optim.SGD(plain.model.parameters(), LR)
+    for one, of in ((problem, opt), (plain, other)):
+        one.train(of, range(1))
+        of.param_groups[0]["lr"] = 0.1
+        for _ in train(one, of, schedulers.ExponentialLR(of, 0.9), range(1, 3)):
+            pass
+        of.param_groups[0]["lr"] = 0.03
+        del of.param_groups[0]["initial_lr"]
+        for _ in train(one, of, schedulers.ConstantLR(of, 0.5), range(3, 4)):
+            pass
+    for p, q in zip(problem.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-15)
+
+
 def test_what_was_assigned_before_a_scheduler_came_counts():
     problem = Regression(1)
     opt = hx.HyperOptimizer(problem.model.parameters(), hx.SGD(lr=LR, momentum=0.9, learn="lr") / hx.SGD(lr=1e-6))

@@ -51,9 +51,11 @@ def check_group(group: object) -> None:
 
 
 def device_of(group: ProcessGroup) -> torch.device:
-    """Where the tensors are that a process group adds up: on the accelerator, if it has a backend for one."""
+    """Where a process without parameters has what the group adds up: on the accelerator, if both have one."""
     kinds = [device.type for device in group._device_types if device.type != "cpu"]
-    return torch.device(kinds[0], torch.accelerator.current_device_index()) if kinds else torch.device("cpu")
+    if not kinds or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    return torch.device(kinds[0], torch.accelerator.current_device_index())
 
 
 def check_layout(name: str, value: Tensor, p: Any) -> None:

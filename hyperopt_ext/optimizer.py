@@ -142,7 +142,6 @@ class HyperOptimizer(Optimizer):
             ``nonfinite`` is no policy.
     """
 
-    unscales = True
     _shard_group: ProcessGroup | None = None  # no part of what is copied
 
     def __init__(
@@ -158,12 +157,15 @@ class HyperOptimizer(Optimizer):
             raise TypeError("params and stack are in the wrong order: HyperOptimizer(model.parameters(), stack)")
         distributed.check_group(shard_group)
         self._shard_group = shard_group
+        self.unscales = True
         self._groups: list[Group] = []
         stack = Stack.coerce(stack)
         values: dict[str, Any] = stack[0].values()
         if "beta1" in values:
             values = {"betas": (values.pop("beta1"), values.pop("beta2")), **values}
         super().__init__(params, {**values, "stack": stack, "maximize": maximize, "nonfinite": nonfinite})
+        if shard_group is not None:
+            self._gather_empty_groups()
 
     # GradScaler.step() then leaves it to step() to divide by `grad_scale` and to heed `found_inf`, as in torch's fused
     # optimizers.
@@ -350,6 +352,14 @@ class HyperOptimizer(Optimizer):
             self._adopt_values(saved)
         for g in self._groups:  # a wrapper that shares the list of groups gives them to a scheduler
             g.meet_scheduler()
+
+    def _gather_empty_groups(self) -> None:
+        """Puts their towers where the parameters of this process are: all processes add up on one kind of device."""
+        device = next((p.device for group in self._param_groups for p in group["params"]), None)
+        for group in self._param_groups:
+            if not group["params"] and device is not None:
+                group["tower"] = group["tower"].to(device)
+        self._adopt_groups()
 
     def _group(self, index: int) -> Group:
         self._adopt_groups()

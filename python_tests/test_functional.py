@@ -288,7 +288,7 @@ def test_what_cannot_be_exported_says_so(strict):
     opt = hx.HyperOptimizer(problem.model.parameters(), hx.Adam() / hx.SGD())
     problem.loss(0).backward()
     with pytest.raises(Exception, match="export a step of hx"):
-        torch.export.export(Step(opt.step), (), strict=strict)
+        torch.export.export(Step(lambda: opt.step()), (), strict=strict)  # torch 2.11 takes no bound method
     tower = hx.functional.tower(hx.Adam() / hx.SGD())
     params, state = tower.init([torch.ones(2)])
     with pytest.raises(Exception, match="export a step of hx"):

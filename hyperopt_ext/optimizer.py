@@ -123,8 +123,10 @@ class HyperOptimizer(Optimizer):
     group, the entry ``lr`` is the scheduler's own, a float64 tensor of no dimension; the lr in use (:meth:`in_use`) is
     the learned one times ``lr / initial_lr``, and hypergradients are those of the learned one, which bounds and
     ``growth`` hold for. With a horizon, earlier updates count as if they had been made with the present factor. An
-    ``initial_lr`` that is not the present lr (of ``OneCycleLR``) becomes the learned lr. What else a scheduler writes
-    (momentum, betas, an lr that is not learned, that of ``ReduceLROnPlateau``) is written as by anyone.
+    ``initial_lr`` that is not the present lr (of ``OneCycleLR``) becomes the learned lr, and the schedule starts from
+    the lr in use. What else a scheduler writes (momentum, betas, an lr that is not learned, that of
+    ``ReduceLROnPlateau``) is written as by anyone. An argument of the first level that it was made without (SGD's
+    momentum) cannot be switched on in the group, which is a ``ValueError`` of ``step()``.
 
     Hypergradients are made of the gradients that move the parameters: unscaled, if a ``torch.amp.GradScaler`` scaled
     them (``step()`` divides by its scale, without waiting for it; where it found an inf, all groups sit the step out),

@@ -313,7 +313,8 @@ def save(
     name: str, options: argparse.Namespace, rows: list[dict[str, Any]], figure: Figure, batch: int = BATCH
 ) -> None:
     """Writes OUT/NAME.json and OUT/NAME.png."""
-    versions = {name: importlib.metadata.version(name) for name in EXTRAS}
+    installed = {d.name for d in importlib.metadata.distributions()}  # not all scripts need all of them
+    versions = {name: importlib.metadata.version(name) for name in EXTRAS if name in installed}
     settings = {"epochs": options.epochs, "batch": batch} if "epochs" in options else {}
     settings |= {"seeds": options.seeds, "packages": versions}
     harness.save(name, {**settings, "rows": _finite(rows)}, figure, options.out)

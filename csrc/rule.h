@@ -8,7 +8,7 @@
 //   change(p, e, w, s...) -> delta    w_new - w_old, from all that advance() returned
 //
 // What advance() returns beyond the state is not stored (Lion's direction, Adadelta's step: they are made of a state
-// that the same step replaces).
+// that the same step replaces). It does not see w: no state can follow the parameters (an average of them, say).
 //
 // They are templates with a parameter for each argument, since each may carry other directions, and they are made of
 // what dual.h has: + - * / between duals and numbers, sqrt, pow(dual, number) and pow(number, dual), max, sign,

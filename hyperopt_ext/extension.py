@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import keyword
 import os
 import re
 import shutil
@@ -51,7 +52,7 @@ def load_rule(header: str | os.PathLike[str], *, verbose: bool = False) -> type[
     """Compiles the rule in a header, loads it, and makes its class of levels (:func:`level_class`).
 
     The first call takes some 15 seconds and needs a C++17 compiler and ninja; later ones, in any process, find what it
-    built, unless the header has changed.
+    built, unless the header has changed, or one that it includes in quotes.
 
     Args:
         header: the path of a C++ header that registers one rule.
@@ -64,8 +65,10 @@ def load_rule(header: str | os.PathLike[str], *, verbose: bool = False) -> type[
     """
     names = load_rules(build_rules([header], verbose=verbose))
     if len(names) != 1:
+        if not names:
+            raise ValueError(f"{header} registers no rule; is there an HX_REGISTER_RULE(...) in it?")
         raise ValueError(
-            f"{header} registers {len(names)} rules{': ' * bool(names)}{', '.join(names)}; load_rule() is for one. "
+            f"{header} registers {len(names)} rules: {', '.join(names)}; load_rule() is for one. "
             "Load several with load_rules(build_rules([...])), and make their classes with level_class(), or write one "
             "whose rule_for() chooses between them"
         )
@@ -88,7 +91,7 @@ def build_rules(
 
     Raises:
         FileNotFoundError: a header does not exist.
-        RuntimeError: they do not compile.
+        RuntimeError: they do not compile, or the folder cannot be written to.
     """
     from torch.utils import cpp_extension
 
@@ -105,14 +108,25 @@ def build_rules(
 
     # The name stands for all that is compiled, so that another content is another library.
     include = include_path()
-    content = [torch.__version__, _build.digest(include), *map(str, paths), *(path.read_text() for path in paths)]
+    files = _with_included(paths)
+    content = [torch.__version__, _build.digest(include), *map(str, files), *(path.read_text() for path in files)]
     key = hashlib.sha256("\0".join(content).encode()).hexdigest()[:16]
     name = f"{_identifier(paths[0].stem)}_{key}"
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
     folder = Path(build_directory or Path(root, "hyperopt_ext", name)).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / f"{name}{cpp_extension.LIB_EXT}"
+    lock = FileLock(folder / "building")
     try:
-        with FileLock(folder / "building"), _ninja_on_path():
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        if library.is_file():  # built before the folder became read-only, or by another user
+            return library
+        raise RuntimeError(
+            f"{folder} cannot be written to ({error}); set TORCH_EXTENSIONS_DIR to another one"
+        ) from None
+    try:
+        with _ninja_on_path():
             # torch waits until the file "lock" is gone: for ever, if the process that made it was killed. A FileLock
             # ends with its process; while this one holds it, nobody else builds here.
             (folder / "lock").unlink(missing_ok=True)
@@ -127,11 +141,26 @@ def build_rules(
                 is_python_module=False,
                 verbose=verbose,
             )
-    except (RuntimeError, OSError) as error:
-        text = _failures.setdefault(name, str(error))  # a second attempt does not compile, and says nothing
+    except BaseException as error:
+        cpp_extension.JIT_EXTENSION_VERSIONER.entries.pop(name, None)  # else torch takes it for built
+        if not isinstance(error, RuntimeError | OSError):
+            raise
         names = ", ".join(path.name for path in paths)
-        raise RuntimeError(f"{names} does not compile:\n{_errors(text)}") from None
-    return folder / f"{name}{cpp_extension.LIB_EXT}"
+        raise RuntimeError(f"{names} does not compile:\n{_errors(str(error))}") from None
+    finally:
+        lock.release()
+    return library
+
+
+def _with_included(headers: Sequence[Path]) -> list[Path]:
+    """The headers, and those that they include from beside them."""
+    files = list(headers)
+    for path in files:  # which grows meanwhile
+        for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', path.read_text(), re.MULTILINE):
+            included = Path(os.path.normpath(path.parent / name))
+            if included.is_file() and included not in files:
+                files.append(included)
+    return files
 
 
 def _includes(headers: Sequence[Path]) -> list[tuple[str, str]]:
@@ -142,9 +171,6 @@ def _includes(headers: Sequence[Path]) -> list[tuple[str, str]]:
 def _identifier(stem: str) -> str:
     """For ninja, which takes no blanks in the names of what it makes."""
     return re.sub(r"\W", "_", stem)
-
-
-_failures: dict[str, str] = {}
 
 
 @contextlib.contextmanager
@@ -165,7 +191,7 @@ def _errors(output: str) -> str:
     for line in output.splitlines():
         if where := re.search(r"\[with R ?= ?(?:\w+::)*([\w<>]+)", line):
             rule = f"{where[1]}: "
-        if found := re.search(r"^(\S+?)[:(](\d+)\S* (?:fatal )?error:? (.*)", line):
+        if found := re.search(r"^(.+?)[:(](\d+)\S* (?:fatal )?error:? (.*)", line):
             _, ours, message = found[3].partition("hyperopt_ext: ")
             if ours:
                 missing.append("  " + rule + message.rstrip('"'))  # nvcc quotes it
@@ -226,12 +252,12 @@ def level_class(rule: str) -> type[Level]:
         raise ValueError(f"no rule is called {rule!r}; load_rule() loads one from its header")
     hypers = {h["name"]: h["initial"] for h in RULES[rule]["hypers"]}
     for name in hypers:
-        if name in _TAKEN or name in {f.name for f in fields(Level)}:
+        if name in _TAKEN or name in {f.name for f in fields(Level)} or hasattr(Level, name) or keyword.iskeyword(name):
             raise ValueError(f"rule {rule!r}: a hyperparameter cannot be called {name!r}, which means something else")
     arguments: dict[str, Any] = dict(hypers)
     base: type[Level] = Level
     if {"beta1", "beta2"} <= set(hypers):
-        base, at = Betas, list(hypers).index("beta1")
+        base, at = Betas, min(list(hypers).index(name) for name in ("beta1", "beta2"))
         betas = arguments.pop("beta1"), arguments.pop("beta2")
         others = list(arguments.items())
         arguments = dict([*others[:at], ("betas", betas), *others[at:]])
@@ -291,4 +317,4 @@ def rule_extension(name: str, headers: Sequence[str | os.PathLike[str]]) -> Any:
         if not path.is_file():
             raise FileNotFoundError(f"there is no header {path.resolve()}")
     sources = _build.units(Path("build", name), include_path(), _includes(paths))
-    return _build.extension(name, sources, [include_path()], depends=[str(path) for path in paths])
+    return _build.extension(name, sources, [include_path()], depends=[str(path) for path in _with_included(paths)])

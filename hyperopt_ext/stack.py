@@ -68,8 +68,8 @@ class Level:
         space: for each name, the coordinate x in which it is moved: ``"linear"`` (h = x), ``"log"`` (h = exp x),
             ``"square"`` (h = x²), ``"softplus"`` (h = log(1 + exp x)), ``"tanh"`` (h = (tanh x + 1) / 2, the paper's
             choice for betas) or ``"multiplicative"`` (h = exp x, but a move by d multiplies h by 1 + d: with
-            ``normalize``, the multiplicative rule of Baydin et al., ICLR 2018). Default: tanh for betas, log for eps,
-            linear for all others.
+            ``normalize``, the multiplicative rule of Baydin et al., ICLR 2018). Default: tanh for betas, alpha and rho,
+            log for eps and eps_root, linear for all others.
         bounds: for each name, ``(low, high)``, ends included, that a learned value is projected to; what its coordinate
             cannot reach is cut off, and a high of 1 keeps a beta 1e-9 below it. Default: its valid range, so that a
             learning rate does not turn negative and a beta does not reach 1.
@@ -79,15 +79,17 @@ class Level:
             Short-Horizon Bias in Stochastic Meta-Optimization", ICLR 2018). With n, each learned hyperparameter has a
             trace z <- (1 - 1/n) z + d(update)/dh, one tensor a parameter, and the hypergradient is <gradient, z>: the
             long-horizon hypergradients of Franceschi et al. (ICML 2017, RTHO) and Donini et al. (IJCAI 2020, MARTHE),
-            discounted and without their second derivatives. With ``(n, part)`` the horizon grows: at step t it is
-            max(n, part * t). Default: 1.
+            discounted and without their second derivatives. With ``(n, part)`` the horizon grows: at a parameter's
+            t-th update it is max(n, part * t). Default: 1.
         granularity: ``"group"``, one set of this level's hyperparameters for all that it moves, or ``"tensor"``, one
             for each parameter tensor, if the levels below have it, too. Default: ``"group"``.
         normalize: the level above gets the cosine between the gradient and the derivative of the update instead of
-            their product, a number in [-1, 1] that no scale enters (Baydin et al., ICLR 2018, multiplicative rule).
-            Default: False.
-        clip: the norm to which the hypergradient of this level is clipped, > 0 (Pascanu et al., ICML 2013). Default:
-            None, no clipping.
+            their product, a number in [-1, 1] that no scale enters (Baydin et al., ICLR 2018, multiplicative rule). The
+            level above that one is tuned by the exact product all the same, unless the level above has it, too. Where
+            a derivative is 0 but for rounding (of Adam's betas after the first update), so is its direction. Default:
+            False.
+        clip: the norm to which the hypergradient of this level is clipped, > 0 (Pascanu et al., ICML 2013), as the
+            level above sees it. Default: None, no clipping.
         growth: the factor, > 1, by which a learned lr grows at most in one step (as in D-Adaptation: Defazio &
             Mishchenko, ICML 2023). Default: None, no limit.
         trust: tau > 0, of the first level: lr is lowered where the norm of an update would exceed tau times the norm of
@@ -95,11 +97,13 @@ class Level:
             first step on. Parameters whose root mean square is below 1e-3 count as if it were that, so that zeros can
             move (as in Adafactor: Shazeer & Stern, ICML 2018). A scheduler's factor, if it is below 1 and one of an lr
             that is learned or that each tensor has of its own, is one of tau, too. Neither ``burn_in`` nor ``bounds``
-            keep it from that. Costs a third pass, which only reads. Default: None.
+            keep it from that; with ``converge``, what is lowered is the lr in use, and the learned one becomes that.
+            Costs a third pass, which only reads. Default: None.
         burn_in: first steps in which this level is not tuned, >= 0. Default: 0.
         converge: ``(limit, steps)``: the lr in use is d(t) lr + (1 - d(t)) limit with d(t) = 1 / (1 + (t / steps)²),
-            halfway after ``steps``: a convergent step size (Baydin et al., ICLR 2018, section 5). The learned lr is
-            what :meth:`HyperOptimizer.hyperparameters` shows. Default: None.
+            halfway after ``steps``: a convergent step size (Baydin et al., ICLR 2018, section 5). A scheduler's factor
+            multiplies the sum of both; with a horizon, earlier updates count as if made with the present d(t). The
+            learned lr is what :meth:`HyperOptimizer.hyperparameters` shows. Default: None.
 
     Without a level above, ``trust`` and ``converge`` still hold; all else that concerns learning does nothing.
 
@@ -203,6 +207,9 @@ class Level:
         self._check_safeguards(me)
 
     def _check_safeguards(self, me: str) -> None:
+        for name in ("growth", "trust", "converge"):
+            if getattr(self, name) is not None and "lr" not in {h["name"] for h in RULES[self.rule]["hypers"]}:
+                raise ValueError(f"{me}: {name} is about lr, and rule {self.rule!r} has none")
         for name, low in [("clip", 0.0), ("growth", 1.0), ("trust", 0.0)]:
             value = getattr(self, name)
             if value is not None and not (is_number(value) and low < value < math.inf):
@@ -287,7 +294,7 @@ class Level:
         for h, space in zip(RULES[self.rule]["hypers"], self.coordinates(), strict=True):
             low, high = self.bounds.get(h["name"], (h["low"], h["high"]))
             if high >= h["high"]:
-                high = h["high"] * (1 - _OPEN_END)
+                high = h["high"] - _OPEN_END * (abs(h["high"]) or 1.0) if h["high"] < math.inf else math.inf
             least, most = _RANGES[space] if h["name"] in learned else _RANGES["linear"]
             result.append((float(max(low, least)), float(min(high, most))))
         return result

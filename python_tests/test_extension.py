@@ -141,7 +141,7 @@ def test_the_class_of_a_loaded_rule(plain):
         level(lr=-1)
 
 
-@pytest.mark.parametrize("name", ["learn", "params", "betas"])
+@pytest.mark.parametrize("name", ["learn", "params", "betas", "values", "rule", "lambda"])
 def test_what_a_hyperparameter_cannot_be_called(monkeypatch, name):
     hypers = [{**RULES["sgd"]["hypers"][0], "name": name}]
     monkeypatch.setitem(RULES, "odd", {**RULES["sgd"], "name": "odd", "hypers": hypers})
@@ -213,6 +213,70 @@ def test_an_error_in_a_rule_is_shown_with_its_line(tmp_path):
     (tmp_path / "wrong.h").write_text(rule_text("wrong", ("* e); }", "* e + gradient); }")))
     with pytest.raises(RuntimeError, match=r"^wrong\.h does not compile:\n  wrong\.h:17: .gradient. was not declared"):
         hx.extension.load_rule("wrong.h")
+
+
+def test_what_a_rule_includes_is_part_of_it(tmp_path):
+    """Mended in the same process, it is compiled again; and a blank in the path hides no error."""
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    header, included = folder / "outer.h", folder / "inner.h"
+    header.write_text('#include "inner.h"\n' + rule_text("outer", ("* e); }", "* e * kFactor); }")))
+    included.write_text('#include "missing.h"\nconstexpr double kFactor = 2;\n')
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"^outer\.h does not compile:\n  inner\.h:1: missing\.h"):
+            hx.extension.load_rule(header)
+    included.write_text("constexpr double kFactor = 2;\n")
+    level = hx.extension.load_rule(header)
+    p = torch.nn.Parameter(torch.zeros(2))
+    p.grad = torch.ones(2)
+    hx.HyperOptimizer([p], level(lr=0.5)).step()
+    assert torch.equal(p.detach(), -torch.ones(2))
+    assert extension._with_included([header]) == [header, included]
+
+
+def test_a_build_that_ended_early_is_made_again(tmp_path, monkeypatch):
+    (tmp_path / "early.h").write_text(rule_text("early"))
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cpp_extension, "_write_ninja_file_and_build_library", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            extension.build_rules(["early.h"])
+    assert extension.load_rule("early.h")().lr == 1e-3
+
+
+def test_a_folder_that_cannot_be_written_to(plain, header, monkeypatch, tmp_path):
+    """What was built there is used; else the error says so."""
+
+    def fail(*_, **__):
+        raise OSError("Read-only file system")
+
+    monkeypatch.setattr(extension.FileLock, "acquire", fail)
+    folder = next(header.parent.glob("hyperopt_ext/plain_*"))
+    assert extension.build_rules([header], build_directory=folder).is_file()
+    (tmp_path / "other.h").write_text(rule_text("other"))
+    with pytest.raises(RuntimeError, match=r"cannot be written to \(Read-only file system\); set TORCH_EXTENSIONS_DIR"):
+        extension.build_rules(["other.h"])
+
+
+def test_a_header_without_a_rule(tmp_path):
+    (tmp_path / "none.h").write_text(rule_text("none").replace("HX_REGISTER_RULE(None)", ""))
+    with pytest.raises(ValueError, match=r"none\.h registers no rule; is there an HX_REGISTER_RULE\(...\) in it\?"):
+        extension.load_rule("none.h")
+
+
+def test_what_is_about_lr_needs_one(monkeypatch):
+    hypers = [{**RULES["sgd"]["hypers"][0], "name": "gain", "high": -1.0, "low": -3.0, "initial": -2.0}]
+    monkeypatch.setitem(RULES, "gained", {**RULES["sgd"], "name": "gained", "hypers": hypers})
+    level = extension.level_class("gained")
+    for name, value in {"trust": 0.1, "growth": 1.1, "converge": (0.1, 10)}.items():
+        with pytest.raises(ValueError, match=f"Gained: {name} is about lr, and rule 'gained' has none"):
+            level(**{name: value})
+    [(low, high)] = level().limits()
+    assert low == -3
+    assert -1.001 < high < -1
 
 
 def test_several_rules_and_names_that_are_taken(tmp_path, plain):

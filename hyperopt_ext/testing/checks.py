@@ -159,7 +159,7 @@ def hypergradients_equal_autograd(case: Case, zeroed: Mapping[str, float], steps
     hyper = {**case.hyper, **zeroed}
     grads, upstream = some_gradients(steps)
     start = torch.randn(grads[0].shape, dtype=torch.float64)
-    if "eps" in zeroed:  # may be 0 / 0 in the rule itself, in torch.optim too
+    if zeroed:  # may be 0 / 0 in the rule itself: with an eps of 0 in torch.optim, too
         defined = twin_run(case, start, grads, hyper)[0].isfinite()
         assert defined.sum() > 2000
         start, upstream, grads = start[defined], upstream[defined], [g[defined] for g in grads]
@@ -229,11 +229,10 @@ def functional_form_equals_autograd(case: Case, dtype: torch.dtype) -> None:
     expected = derivatives_of(w, upstream, leaves)
     hyper = {name: torch.tensor(value, dtype=torch.float64, requires_grad=True) for name, value in case.hyper.items()}
     params: list[Tensor] = [start.to(dtype)]
-    state: dict[str, list[Tensor]] | None = None
+    state = {name: [torch.full_like(params[0], value)] for name, value in case.level().start().items()}
     for step, g in enumerate(grads, 1):
         params = [p.detach() for p in params]
         params, state = case.function(params, [g.to(dtype)], state, hyper, torch.tensor(step))
-    assert state is not None
     if any(t.requires_grad for slot in state.values() for t in slot):
         raise AssertionError(f"{case}: the new state is differentiable in spite of detach=True")
     got = torch.autograd.grad((params[0] * upstream.to(dtype)).sum(), list(hyper.values()))

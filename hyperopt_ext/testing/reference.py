@@ -27,8 +27,8 @@ def safe_sqrt(x: Tensor) -> Tensor:
 
 
 def larger(a: Tensor, b: Tensor) -> Tensor:
-    """The maximum, with the slope of `a` where they are equal, the library's convention."""
-    return torch.where(a >= b, a, b)
+    """The maximum, with the slope of `a` where they are equal, and NaN where either is: the library's convention."""
+    return torch.where((a >= b) | a.isnan(), a, b)
 
 
 COORDINATES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {

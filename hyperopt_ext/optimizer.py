@@ -85,7 +85,7 @@ class HyperOptimizer(Optimizer):
     else held constant), the tower moves them from the top down, and the parameters are updated with the new values.
     There is no autograd graph: an ordinary ``loss.backward()`` before ``step()`` is all it takes. At the first step,
     and for a parameter that had no gradient in the step before, the hypergradient is 0. A group without any gradient
-    (or a tensor without one, if it has a tower of its own) stands still, its clock too, and goes on from its last update.
+    (or a tensor, if it has a tower of its own) stands still, its clock too, and goes on from its last update.
 
     Args:
         params: parameters, named parameters, or dicts that define param groups; fp32, fp64, fp16 or bf16, dense, any

@@ -372,6 +372,15 @@ def test_a_scaled_gradient_is_divided_on_the_device(device):
         assert torch.equal(p, q)
 
 
+@contextlib.contextmanager
+def waiting_is_an_error():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.cuda
 class TestOnlyOnAGPU:
     STACK = hx.Adam(lr=0.01) / hx.Adam(lr=1e-4) / hx.SGD(lr=1e-6)
@@ -379,11 +388,8 @@ class TestOnlyOnAGPU:
     def test_a_step_never_waits_for_the_device(self):
         with torch.device("cuda"):
             opt = train(hx.Adam(lr=0.01, trust=0.1) / self.STACK, shaped(torch.float32)[:6], steps=2)
-            torch.cuda.set_sync_debug_mode("error")
-            try:
+            with waiting_is_an_error():
                 opt.step()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
 
     def test_a_step_can_be_captured_and_replayed(self):
         with torch.device("cuda"):
@@ -426,21 +432,15 @@ class TestOnlyOnAGPU:
                 torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
             assert wrapped.param_groups[0]["lr"].item() != 0.01
             if "capturable" in arguments:
-                torch.cuda.set_sync_debug_mode("error")
-                try:
+                with waiting_is_an_error():
                     wrapped.step()
-                finally:
-                    torch.cuda.set_sync_debug_mode("default")
 
     def test_the_functional_form_waits_for_nothing(self):
         with torch.device("cuda"):
             w, lr, step = [torch.ones(5)], torch.tensor(0.1), torch.tensor(1)
             hx.functional.adam(w, w, None, {"lr": lr}, step)
-            torch.cuda.set_sync_debug_mode("error")
-            try:
+            with waiting_is_an_error():
                 hx.functional.adam(w, w, None, {"lr": lr}, step)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
 
     def test_a_step_runs_on_the_current_stream(self):
         with torch.device("cuda"):

@@ -175,7 +175,8 @@ class Group:
     def meet_scheduler(self) -> None:
         """An lr_scheduler writes ``initial_lr``. If it :meth:`scales_lr`, it gets an ``lr`` of its own to write to."""
         initial = self.group.get("initial_lr")
-        if initial is self.initial or not self.scales_lr():
+        moved = self.group["tower"] is not self.tower  # and all with it; the optimizer makes this anew
+        if initial is self.initial or moved or not self.scales_lr():
             return
         if initial is None:  # the scheduler was taken away: lr is the learned one again
             if self.group["lr"] is self.entries["lr"]:

@@ -18,9 +18,6 @@
 #elif defined(__GNUC__)
 #define HX_FN inline __attribute__((always_inline))
 #define HX_LAMBDA __attribute__((always_inline))
-#elif defined(_MSC_VER)
-#define HX_FN __forceinline
-#define HX_LAMBDA
 #else
 #define HX_FN inline
 #define HX_LAMBDA

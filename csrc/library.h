@@ -25,12 +25,6 @@ const Library& library() {
 
 }  // namespace hyperopt_ext
 
-#if defined(__GNUC__)
-#define HX_EXPORT __attribute__((visibility("default")))
-#else
-#define HX_EXPORT __declspec(dllexport)
-#endif
-
-extern "C" HX_EXPORT const void* hyperopt_ext_library() {
+extern "C" __attribute__((visibility("default"))) const void* hyperopt_ext_library() {
   return &hyperopt_ext::library();
 }

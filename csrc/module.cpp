@@ -115,6 +115,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "tower_row",
       [](const Plan& plan, const std::vector<double>& values, const std::vector<double>& state) {
+        const auto sum = [&](PlanColumn column) {
+          std::size_t total = 0;
+          for (int k = 0; k < levels(plan); ++k) total += std::size_t(plan[std::size_t(k * kPlanColumns + column)]);
+          return total;
+        };
+        TORCH_CHECK_VALUE(levels(plan) > 0 && values.size() == sum(kHypers) && state.size() == sum(kStates),
+                          "values and state must be those of the plan's levels");
         std::vector<double> row(std::size_t(tower_width(plan.data(), levels(plan))));
         tower_reset(row.data(), plan.data(), levels(plan), values.data(), state.data());
         return row;

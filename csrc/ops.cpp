@@ -108,6 +108,7 @@ auto of_pass(F f) {
   return [f](TensorList params, TensorList grads, TensorList state, TensorList record, TensorList steps,
              TensorList ticks, const Tensor& tower, at::IntArrayRef rows, std::int64_t learn, double horizon,
              double horizon_growth, double scale, More... more, const std::optional<Tensor>& grad_scale) {
+    TORCH_CHECK_VALUE(learn >= 0 && learn >> kMaxHypers == 0, "learn must be a set of hyperparameters, not ", learn);
     return f(Pass{params, grads, state, record, steps, ticks, tower, rows, Mask(learn), horizon, horizon_growth, scale,
                   grad_scale},
              more...);
@@ -125,33 +126,57 @@ using Backward = Tensor(TensorList, TensorList, TensorList, TensorList, TensorLi
 using Vjp = std::vector<Tensor>(TensorList, TensorList, TensorList, TensorList, TensorList, TensorList, const Tensor&,
                                 std::int64_t);
 
-// The arguments of R and R_backward.
+// `slots` lists of tensors that are like the parameters, in their type or, if `wide`, in that of their state.
+void check_like(const char* name, TensorList tensors, std::size_t slots, TensorList params, bool wide = false) {
+  const std::size_t n = params.size();
+  TORCH_CHECK_VALUE(tensors.size() == n * slots, name, " must have the length ", n * slots, ", ", slots,
+                    " for each of the params, not ", tensors.size());
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const Tensor &param = params[i % n], &t = tensors[i];
+    const at::ScalarType type = wide ? arithmetic(param.scalar_type()) : param.scalar_type();
+    const c10::SymIntArrayRef sizes = param.sym_sizes();  // a graph of dynamic shapes stays one
+    TORCH_CHECK_VALUE(t.layout() == at::kStrided && t.scalar_type() == type && t.sym_sizes() == sizes, name,
+                      " of params[", i % n, "] must be a dense ", type, " tensor of shape ", sizes);
+    TORCH_CHECK_VALUE(t.device() == params[0].device(), name, " of params[", i % n, "] is on ", t.device(),
+                      ", but params[0] is on ", params[0].device());
+  }
+}
+
+// The inputs of a step in the functional form.
 void check_inputs(const Rule& rule, TensorList params, TensorList grads, TensorList state, TensorList hyper,
                   const Tensor& step) {
-  const std::size_t n = params.size();
-  TORCH_CHECK_VALUE(grads.size() == n, "grads must hold one tensor for each of the ", n, " params, not ", grads.size());
-  TORCH_CHECK_VALUE(state.size() == n * rule.state.size(), "state must hold ", rule.state.size(),
-                    " tensors for each of the ", n, " params of rule '", rule.name, "', not ", state.size(), " in all");
   TORCH_CHECK_VALUE(hyper.size() == rule.hypers.size(), "hyper must hold the ", rule.hypers.size(),
                     " hyperparameters of rule '", rule.name, "', not ", hyper.size());
+  // One tensor of the meta device alone would call the Meta kernel, which computes nothing.
+  const auto fits = [&](const Tensor& t) {
+    return t.numel() == 1 && (params.empty() || t.is_meta() == params[0].is_meta());
+  };
   for (std::size_t i = 0; i < hyper.size(); ++i)
-    TORCH_CHECK_VALUE(hyper[i].numel() == 1 && hyper[i].is_floating_point(), "hyper: ", rule.hypers[i].name,
-                      " must be a tensor of one floating-point number");
-  TORCH_CHECK_VALUE(step.numel() == 1, "step must be a tensor of one number");
-  for (std::size_t i = 0; i < n; ++i) {
-    const auto fits = [&](const char* name, const Tensor& t, at::ScalarType type) {
-      const c10::SymIntArrayRef sizes = params[i].sym_sizes();  // a graph of dynamic shapes stays one
-      TORCH_CHECK_VALUE(t.layout() == at::kStrided && t.scalar_type() == type && t.sym_sizes() == sizes, name,
-                        " of params[", i, "] must be a dense ", type, " tensor of shape ", sizes);
-      TORCH_CHECK_VALUE(t.device() == params[0].device(), name, " of params[", i, "] is on ", t.device(),
-                        ", but params[0] is on ", params[0].device());
-    };
+    TORCH_CHECK_VALUE(fits(hyper[i]) && hyper[i].is_floating_point(), "hyper: ", rule.hypers[i].name,
+                      " must be a tensor of one floating-point number that has a value");
+  TORCH_CHECK_VALUE(fits(step), "step must be a tensor of one number that has a value");
+  for (std::size_t i = 0; i < params.size(); ++i) {
     const at::ScalarType type = params[i].scalar_type();
     TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16, "params[",
                      i, "] must be float32, float64, float16 or bfloat16, not ", type);
-    fits("value", params[i], type);
-    fits("grads", grads[i], type);
-    for (std::size_t k = 0; k < rule.state.size(); ++k) fits("state", state[k * n + i], arithmetic(type));
+  }
+  check_like("value", params, 1, params);
+  check_like("grads", grads, 1, params);
+  check_like("state", state, rule.state.size(), params, true);
+}
+
+// What must hold of the arguments of tower_ and cap_ even where they have no memory: one tensor of the meta device would
+// make the operator do nothing.
+void check_tower_devices(TensorList towers, const char* name, TensorList sums, TensorList plans, TensorList bounds,
+                         TensorList settings) {
+  const std::pair<const char*, TensorList> lists[] = {
+      {"towers", towers}, {name, sums}, {"plans", plans}, {"bounds", bounds}, {"settings", settings}};
+  for (const auto& [list, tensors] : lists) {
+    TORCH_CHECK_VALUE(tensors.size() == towers.size(), list, " must hold one tensor for each of the ", towers.size(),
+                      " towers");
+    for (std::size_t i = 0; i < tensors.size(); ++i)
+      TORCH_CHECK_VALUE(tensors[i].device() == towers[0].device(), list, "[", i, "] is on ", tensors[i].device(),
+                        ", but the first tower is on ", towers[0].device());
   }
 }
 
@@ -160,18 +185,14 @@ void check_inputs(const Rule& rule, TensorList params, TensorList grads, TensorL
 template <class F>
 std::vector<TowerView> check_towers(TensorList towers, const char* name, TensorList sums, F&& columns_for,
                                     TensorList plans, TensorList bounds, TensorList settings) {
-  const std::size_t n = towers.size();
-  TORCH_CHECK_VALUE(sums.size() == n && plans.size() == n && bounds.size() == n && settings.size() == n, name,
-                    ", plans, bounds and settings must hold one tensor for each of the ", n, " towers");
+  check_tower_devices(towers, name, sums, plans, bounds, settings);
   std::vector<TowerView> views;
-  for (std::size_t i = 0; i < n; ++i) {
+  for (std::size_t i = 0; i < towers.size(); ++i) {
     const auto matrix = [&](const char* name, const Tensor& t, at::ScalarType type, std::int64_t rows,
                             std::int64_t columns) {
       TORCH_CHECK_VALUE(
           t.dim() == 2 && t.is_contiguous() && t.scalar_type() == type && t.size(0) == rows && t.size(1) == columns,
           name, "[", i, "] must be a contiguous ", type, " tensor [", rows, ", ", columns, "]");
-      TORCH_CHECK_VALUE(t.device() == towers[0].device(), name, "[", i, "] is on ", t.device(),
-                        ", but the first tower is on ", towers[0].device());
     };
     const Tensor &tower = towers[i], &plan = plans[i];
     TORCH_CHECK_VALUE(tower.dim() == 2 && tower.size(0) > 0, "towers[", i, "] must be a matrix with a row or more");
@@ -411,7 +432,7 @@ void define_backward(const Rule& rule) {
     return [&rule, &device](TensorList grad_params, TensorList params, TensorList grads, TensorList state,
                             TensorList hyper, const Tensor& step) {
       check_inputs(rule, params, grads, state, hyper, step);
-      check_inputs(rule, params, grad_params, state, hyper, step);
+      check_like("grad_params", grad_params, 1, params);
       Tensor sums = new_sums(params, hyper);
       if (!params.empty())
         device.backward(rule, grad_params,
@@ -420,7 +441,10 @@ void define_backward(const Rule& rule) {
     };
   });
   impl(name, c10::DispatchKey::Meta,
-       [](TensorList, TensorList params, TensorList, TensorList, TensorList hyper, const Tensor&) {
+       [&rule](TensorList grad_params, TensorList params, TensorList grads, TensorList state, TensorList hyper,
+               const Tensor& step) {
+         check_inputs(rule, params, grads, state, hyper, step);
+         check_like("grad_params", grad_params, 1, params);
          return new_sums(params, hyper);
        });
   not_differentiable(name);
@@ -436,7 +460,8 @@ void define_vjp(const Rule& rule) {
     return [&rule, &device](TensorList grad_params, TensorList grad_state, TensorList params, TensorList grads,
                             TensorList state, TensorList hyper, const Tensor& step, std::int64_t needs) {
       check_inputs(rule, params, grads, state, hyper, step);
-      check_inputs(rule, params, grad_params, grad_state, hyper, step);
+      check_like("grad_params", grad_params, 1, params);
+      check_like("grad_state", grad_state, rule.state.size(), params, true);
       std::vector<Tensor> outputs = new_vjp(rule, params, hyper, needs);
       if (!params.empty())
         device.vjp(rule, grad_params, grad_state,
@@ -446,8 +471,13 @@ void define_vjp(const Rule& rule) {
     };
   });
   impl(name, c10::DispatchKey::Meta,
-       [&rule](TensorList, TensorList, TensorList params, TensorList, TensorList, TensorList hyper, const Tensor&,
-               std::int64_t needs) { return new_vjp(rule, params, hyper, needs); });
+       [&rule](TensorList grad_params, TensorList grad_state, TensorList params, TensorList grads, TensorList state,
+               TensorList hyper, const Tensor& step, std::int64_t needs) {
+         check_inputs(rule, params, grads, state, hyper, step);
+         check_like("grad_params", grad_params, 1, params);
+         check_like("grad_state", grad_state, rule.state.size(), params, true);
+         return new_vjp(rule, params, hyper, needs);
+       });
   not_differentiable(name);
 }
 
@@ -493,7 +523,8 @@ void define_tower_ops() {
            wrote(towers);
          });
     impl(name, c10::DispatchKey::Meta,
-         [](TensorList, TensorList, TensorList, TensorList, TensorList, at::IntArrayRef) {});
+         [sums](TensorList towers, TensorList of, TensorList plans, TensorList bounds, TensorList settings,
+                at::IntArrayRef) { check_tower_devices(towers, sums.c_str(), of, plans, bounds, settings); });
   };
   define_op(
       "tower_", "hypergradients", [](std::int64_t hypers) { return 2 * hypers + 1; },

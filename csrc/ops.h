@@ -13,7 +13,7 @@ void define_ops(const Rule& rule);
 // Whether one of the operators of a rule of this name is there.
 bool is_defined(const std::string& rule);
 
-// Defines tower_, the operator that all rules share.
+// Defines tower_ and cap_, which all rules share.
 void define_tower_ops();
 
 }  // namespace hyperopt_ext

@@ -38,10 +38,20 @@ Item new_item(const at::Tensor& param) {
 }  // namespace
 
 void check_devices(const Pass& pass) {
+  const at::Device device = pass.tower.device();
   for (std::size_t i = 0; i < pass.params.size(); ++i)
-    TORCH_CHECK_VALUE(pass.params[i].device() == pass.tower.device(), "params[", i, "] is on ", pass.params[i].device(),
-                      ", but the tower of its group is on ", pass.tower.device(),
+    TORCH_CHECK_VALUE(pass.params[i].device() == device, "params[", i, "] is on ", pass.params[i].device(),
+                      ", but the tower of its group is on ", device,
                       "; make the optimizer when the model is where it will be trained");
+  const std::pair<const char*, at::TensorList> others[] = {{"grads", pass.grads},
+                                                           {"state", pass.state},
+                                                           {"record", pass.record},
+                                                           {"steps", pass.steps},
+                                                           {"ticks", pass.ticks}};
+  for (const auto& [name, tensors] : others)
+    for (std::size_t i = 0; i < tensors.size(); ++i)
+      TORCH_CHECK_VALUE(tensors[i].device() == device, name, "[", i, "] must be on the device of its parameter, ",
+                        device, ", not ", tensors[i].device());
 }
 
 void check(const Rule& rule, const Pass& pass) {
@@ -81,27 +91,30 @@ void check(const Rule& rule, const Pass& pass) {
     TORCH_CHECK_VALUE(t.scalar_type() == type, name, "[", i, "] must be ", type, ", not ", t.scalar_type(), fix);
     TORCH_CHECK_VALUE(t.sizes() == param.sizes(), name, "[", i, "] must have the shape of its parameter, ",
                       param.sizes(), ", not ", t.sizes());
-    TORCH_CHECK_VALUE(t.device() == param.device(), name, "[", i, "] must be on the device of its parameter, ",
-                      param.device(), ", not ", t.device());
+  };
+  const auto can_be_written = [](const char* name, std::size_t i, const at::Tensor& t) {
+    TORCH_CHECK_VALUE(at::has_internal_overlap(t) != at::MemOverlap::Yes, name, "[", i,
+                      "] holds several elements in one place (expand?) and cannot be written to; use its clone()");
   };
   for (std::size_t i = 0; i < n; ++i) {
     const at::Tensor& param = pass.params[i];
     TORCH_CHECK_VALUE(param.layout() == at::kStrided, "params[", i, "] is ", param.layout(),
                       ", but only dense tensors are supported");
-    TORCH_CHECK_VALUE(at::has_internal_overlap(param) != at::MemOverlap::Yes, "params[", i,
-                      "] holds several elements in one place (expand?) and cannot be written to; use its clone()");
+    can_be_written("params", i, param);
     scalar_type(param);
     const at::ScalarType dtype = param.scalar_type(), wide = arithmetic(dtype);
     fits("grads", i, pass.grads[i], param, dtype);
-    for (std::size_t k = 0; k < rule.state.size(); ++k)
-      fits("state", k * n + i, pass.state[k * n + i], param, wide, converted);
-    for (std::size_t k = 0; k < records; ++k) {
-      const bool is_param = (record & kParam) && k + 1 == records;
-      fits("record", k * n + i, pass.record[k * n + i], param, is_param ? dtype : wide, converted);
+    for (std::size_t k = i; k < pass.state.size(); k += n) {
+      fits("state", k, pass.state[k], param, wide, converted);
+      can_be_written("state", k, pass.state[k]);
+    }
+    for (std::size_t k = i; k < pass.record.size(); k += n) {
+      const bool is_param = (record & kParam) && k / n + 1 == records;
+      fits("record", k, pass.record[k], param, is_param ? dtype : wide, converted);
+      can_be_written("record", k, pass.record[k]);
     }
     for (const auto& [name, t] : {std::pair("steps", &pass.steps[i]), std::pair("ticks", &pass.ticks[i])})
-      TORCH_CHECK_VALUE(t->numel() == 1 && t->scalar_type() == at::kLong && t->device() == tower.device(), name, "[", i,
-                        "] must be one int64 on the device of the tower");
+      TORCH_CHECK_VALUE(t->numel() == 1 && t->scalar_type() == at::kLong, name, "[", i, "] must be one int64");
   }
 }
 
@@ -161,11 +174,13 @@ Item item_for(Chunks& chunks, const Rule& rule, const Pass& pass, std::size_t i,
   const at::Tensor& param = pass.params[i];
   const std::size_t n = pass.params.size();
   const unsigned record = record_of(rule, pass);
-  const bool writes = written == kWrites;
+  const bool writes = written != kReads;
   Item item = new_item(param);
   item.row = row_of(pass, i);
-  item.slice.param = chunks.elements(param, param, writes);
-  if (!pass.grads.empty()) item.slice.grad = chunks.elements(param, pass.grads[i], false);
+  if (written != kWritesState) {
+    item.slice.param = chunks.elements(param, param, writes);
+    item.slice.grad = chunks.elements(param, pass.grads[i], false);
+  }
   for (std::size_t k = 0; k < rule.state.size(); ++k)
     item.slice.state[k] = chunks.elements(param, pass.state[k * n + i], writes);
   std::size_t next = i;  // in pass.record

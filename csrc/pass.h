@@ -48,7 +48,8 @@ struct Pass {
 // call it before they call the device.
 void check(const Rule& rule, const Pass& pass);
 
-// The part of it that does not need the tensors' memory: a parameter beside a tower of the meta device would not move.
+// The part of it that does not need the tensors' memory: one of them on the meta device would make the operator do
+// nothing.
 void check_devices(const Pass& pass);
 
 // The inputs of one step in the functional form: as Pass, but with given values, on the device of the parameters.
@@ -147,10 +148,10 @@ unsigned record_of(const Rule& rule, const Pass& pass);
 // The row of the tower that holds the hyperparameters of the i-th parameter.
 std::int64_t row_of(const Pass& pass, std::size_t i);
 
-enum Written : bool { kReads, kWrites };
+enum Written { kReads, kWritesState, kWritesAll };
 
-// The elements of the i-th parameter of a pass; `scale` and `keep` are left to the device, which knows
-// grad_scale and the step.
+// The elements of the i-th parameter of a pass; for what writes the state alone, without param and grad. `scale` and
+// `keep` are left to the device, which knows grad_scale and the step.
 Item item_for(Chunks& chunks, const Rule& rule, const Pass& pass, std::size_t i, Written written);
 
 // Those of a step in the functional form: what it writes to, and, in last_param and grad_state, what that starts from.

@@ -2,7 +2,8 @@
 //
 // A rule states one step of an optimizer as scalar code over dual numbers, in four functions:
 //
-//   prepare(h, step) -> pack          once a step, in double: bias corrections, powers, whatever no element changes
+//   prepare(h, step) -> pack          once a step, in double: bias corrections, powers, whatever no element changes, and
+//                                     1 - beta, which loses digits in fp32
 //   penalty(p, w) -> term             what the rule adds to the gradient (coupled weight decay): e = g + term
 //   advance(p, e, s...) -> pack      the state after the step, and what else change() needs to know of the state before
 //   change(p, e, w, s...) -> delta    w_new - w_old, from all that advance() returned
@@ -246,11 +247,14 @@ struct Slice {
   void* param;
   void* grad;  // dL/dw, to be multiplied by `scale`; only read
   void* state[kMaxStates];
-  void* last_grad;
+  void* last_grad;  // for backward and vjp, the gradient of the step, in the parameter's dtype
   void* last_param;
-  void* trace[kMaxHypers];       // of the learned hyperparameters, if their horizon is longer than one step; else null
-  void* grad_state[kMaxStates];  // for vjp, in the arithmetic type: d loss / d state after the step,
-  void* grad_input[2 + kMaxStates];  // and what is made of it and of grad: d loss / d (param, grad, state before it)
+  void* trace[kMaxHypers];  // of the learned hyperparameters, if their horizon is longer than one step; else null
+  // For vjp, in the arithmetic type: d loss / d state after the step, and what is made of it and of grad, d loss / d
+  // (param, grad, state before it). For an update in the functional form grad_state is the state that it starts from,
+  // as last_param is the parameter.
+  void* grad_state[kMaxStates];
+  void* grad_input[2 + kMaxStates];
   std::int64_t count;
   double scale;
   double keep;  // what a trace is multiplied by at each step

@@ -80,7 +80,7 @@ void tower_reset(double* row, const std::int64_t* plan, int levels, const double
   }
 }
 
-#if !defined(HX_WITH_CUDA) && !defined(HX_EMULATE_CUDA)
+#if !defined(HX_WITH_CUDA) && !defined(HX_EMULATE_CUDA)  // no CUDA tower: no rule is foreign to it
 int built_in(const std::string&) {
   return 0;
 }

@@ -30,8 +30,7 @@ namespace hyperopt_ext {
 //             tangents  [n, hypers]          d x_{k-1} / d h_k of the most recent update, or their traces
 //
 // with level 0, which moves the parameters, first (n = 0).
-constexpr int kHeader = 9;
-enum Header : int { kTicks, kMoves, kTicking, kSkipped, kHeld, kMoving, kSchedule, kScheduled, kArrived };
+enum Header : int { kTicks, kMoves, kTicking, kSkipped, kHeld, kMoving, kSchedule, kScheduled, kArrived, kHeader };
 constexpr int kValues = 6;  // numbers of a level for each of its hyperparameters
 
 struct LevelRow {

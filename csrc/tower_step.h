@@ -356,7 +356,6 @@ HX_FN void decide(const Team& team, const TowerView& tower, const Scratch& scrat
       head[kMoves] += moving ? 1.0 : 0.0;
       head[kSkipped] += skips ? 1.0 : 0.0;
       head[kHeld] += ticking && !finite ? 1.0 : 0.0;
-      head[kArrived] = 0.0;  // already 0, unless a kernel of the last pass failed
       if (row == 0) continue;
       for (int k = 0; k < tower.levels; ++k) {  // what the user wrote to a shared level stands in the first row
         if (!is_shared(tower, k)) continue;

@@ -116,7 +116,7 @@ def missing_compiler() -> str | None:
 def extension(name: str, sources: Iterable[Path], include: Iterable[Path], **arguments: Any) -> Any:
     """The sources as an extension for ``setup()``, with CUDA if there are kernels for it among them."""
     files = [str(source) for source in sources]
-    cuda = any(name.endswith(".cu") for name in files)
+    cuda = any(file.endswith(".cu") for file in files)
     kind: Any = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     return kind(
         name,

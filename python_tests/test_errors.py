@@ -229,8 +229,24 @@ def param(*shape, **kw):
             TypeError,
             "adam has no argument 'nesterov'",
         ),
-        (lambda: hx.functional.sgd([param()], [], None, {}, torch.tensor(1)), ValueError, "grads must hold one tensor"),
+        (
+            lambda: hx.functional.sgd([param()], [], None, {}, torch.tensor(1)),
+            ValueError,
+            "grads must have the length 1",
+        ),
         (lambda: hx.functional.sgd([param(2)], [param(3)], None, {}, torch.tensor(1)), ValueError, "shape"),
+        (
+            lambda: hx.functional.sgd([param()], [param()], None, {}, torch.tensor(1, device="meta")),
+            ValueError,
+            "step must be a tensor of one number that has a value",
+        ),
+        (
+            lambda: hx.functional.sgd(
+                [param()], [param()], None, {"lr": torch.tensor(1.0, device="meta")}, torch.tensor(1)
+            ),
+            ValueError,
+            "hyper: lr must be a tensor of one floating-point number that has a value",
+        ),
         (
             lambda: hx.functional.sgd(
                 [param(dtype=torch.int32)], [param(dtype=torch.int32)], None, {}, torch.tensor(1)
@@ -448,6 +464,10 @@ def test_operators_check_their_lists():
         (([p], [p], [p, param(5)], [], [one], [one]), r"state\[1\] must have the shape"),
         (([p], [p], [p, p], [p], [one], [one]), "record must hold 0"),
         (([p], [p], [p, p], [], [p], [one]), r"steps\[0\] must be one int64"),
+        (([p], [p], [p, p[:1].expand(4)], [], [one], [one]), r"state\[1\] holds several elements in one place"),
+        (([p], [p], [p, p.to("meta")], [], [one], [one]), r"state\[1\] must be on the device of its parameter, cpu"),
+        (([p], [p.to("meta")], [p, p], [], [one], [one]), r"grads\[0\] must be on the device of its parameter, cpu"),
+        (([p], [p], [p, p], [], [one], [one.to("meta")]), r"ticks\[0\] must be on the device of its parameter, cpu"),
     ]:
         for one_of in (op, settle):
             with pytest.raises(ValueError, match=words):
@@ -458,8 +478,12 @@ def test_operators_check_their_lists():
         op([p], [p], [p, p], [], [one], [one], tower, [1], 0, 1.0, 0.0, 1.0)
     with pytest.raises(ValueError, match="record must hold 1"):
         op([p], [p], [p, p], [], [one], [one], tower, [], 1, 10.0, 0.0, 1.0)
-    for learn in (1 << 5, -1):
-        with pytest.raises(ValueError, match="learn names hyperparameters that rule 'adam' does not have: it has 5"):
+    for learn, words in [
+        (1 << 5, "learn names hyperparameters that rule 'adam' does not have: it has 5"),
+        (-1, "learn must be a set of hyperparameters, not -1"),
+        (1 << 32, "learn must be a set of hyperparameters, not 4294967296"),
+    ]:
+        with pytest.raises(ValueError, match=words):
             op([p], [p], [p, p], [], [one], [one], tower, [], learn, 1.0, 0.0, 1.0)
     with pytest.raises(ValueError, match="horizon must be at least 1"):
         op([p], [p], [p, p], [], [one], [one], tower, [], 0, 0.0, 0.0, 1.0)
@@ -486,6 +510,10 @@ def test_the_tower_operator_checks_its_lists():
     }.items():
         arguments = [[bad if key == name else value] for key, value in good.items()]
         with pytest.raises(ValueError, match=rf"{name}\[0\] must be"):
+            torch.ops.hyperopt_ext.tower_(*arguments)
+    for name in good:
+        arguments = [[value.to("meta") if key == name else value] for key, value in good.items()]
+        with pytest.raises(ValueError, match=r"\[0\] is on (meta|cpu), but the first tower is on (cpu|meta)"):
             torch.ops.hyperopt_ext.tower_(*arguments)
     with pytest.raises(ValueError, match="one tensor for each of the 1 towers"):
         torch.ops.hyperopt_ext.tower_([group.tower], [], [group.plan], [group.bounds], [group.settings])

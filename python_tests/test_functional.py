@@ -155,12 +155,12 @@ BAD_STEPS = {
     "fewer gradients than parameters": (
         lambda w: hx.functional.adam([w, w], [w], None, {}, torch.tensor(1)),
         ValueError,
-        "grads must hold one tensor for each of the 2 params, not 1",
+        "grads must have the length 2, 1 for each of the params, not 1",
     ),
     "fewer states than parameters": (
         lambda w: hx.functional.sgd([w, w], [w, w], {"momentum_buffer": [w]}, MOMENTUM, torch.tensor(1)),
         ValueError,
-        "state must hold 1 tensors for each of the 2 params of rule 'sgd_momentum', not 1 in all",
+        "state must have the length 2, 1 for each of the params, not 1",
     ),
     "a gradient of another shape": (
         lambda w: hx.functional.sgd([w], [w[:1]], None, {}, torch.tensor(1)),

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstring>
 #include <deque>
 #include <vector>
@@ -36,8 +37,9 @@ class Batch {
 
   // prepare(hyper, step), once for every run of tensors that share them.
   const void* prepared(PrepareKernel prepare, const double* hyper, double step) {
+    constexpr std::size_t kRecent = 4;  // the values of this step and of the last one, in two types
     const std::size_t known = prepared_.size();
-    for (std::size_t i = known; i > 0 && i + 4 > known; --i) {
+    for (std::size_t i = known; i > 0 && i + kRecent > known; --i) {
       const Values& values = prepared_[i - 1];
       if (values.prepare == prepare && values.hyper == hyper && values.step == step) return values.bytes;
     }
@@ -208,7 +210,7 @@ void step(const Rule& rule, const Pass& pass) {
   for (std::size_t i = 0; i < pass.params.size(); ++i) {
     const Row row = tower_row(rule, pass, i);
     if (!row.ticking()) continue;
-    const Item item = item_of(batch, rule, pass, i, kWrites);
+    const Item item = item_of(batch, rule, pass, i, kWritesAll);
     Steps steps;
     steps.last = deferred(batch, rule, pass, row, i, item.type);
     const PrepareKernel prepare = traced ? set.cpu[item.type].prepare_dual : rule.cpu[item.type].prepare;
@@ -236,7 +238,7 @@ void settle(const Rule& rule, const Pass& pass) {
     const Row row = tower_row(rule, pass, i);
     std::int64_t& tick = counter(pass.ticks[i]);
     if (!row.ticking() || tick < 0) continue;
-    const Item item = item_of(batch, rule, pass, i, kWrites);
+    const Item item = item_of(batch, rule, pass, i, kWritesState);
     Steps steps;
     steps.last = deferred(batch, rule, pass, row, i, item.type);
     if (is_traced(pass) || steps.last != nullptr) batch.add(item, steps);
@@ -251,16 +253,21 @@ void settle(const Rule& rule, const Pass& pass) {
   batch.finish();
 }
 
+// The number of a step in the functional form.
+double step_of(const Inputs& inputs) {
+  const double step = *inputs.step.const_data_ptr<double>();
+  TORCH_CHECK_VALUE(step >= 1, "step is ", step, ", but steps are counted from 1");
+  return std::floor(step);
+}
+
 void update(const Rule& rule, const Inputs& inputs, at::TensorList outputs) {
-  TORCH_CHECK_VALUE(*inputs.step.const_data_ptr<double>() >= 1, "step is ", *inputs.step.const_data_ptr<double>(),
-                    ", but steps are counted from 1");
+  const double step = step_of(inputs);
   const LearnedSet& set = rule.set_for(0);
   Batch batch(inputs.params.size());
   for (std::size_t i = 0; i < inputs.params.size(); ++i) {
     const Item item = item_for(batch.chunks(), rule, inputs, outputs, i);
     Steps steps;
-    steps.now = batch.prepared(rule.cpu[item.type].prepare, inputs.hyper.const_data_ptr<double>(),
-                               *inputs.step.const_data_ptr<double>());
+    steps.now = batch.prepared(rule.cpu[item.type].prepare, inputs.hyper.const_data_ptr<double>(), step);
     batch.add(item, steps);
   }
   // The kernel works in place, on a copy of the inputs that has just come into the cache.
@@ -281,12 +288,12 @@ void differentiate(const Rule& rule, SumKernel StepKernels::* kernel, at::Tensor
                    at::TensorList grad_state, const Inputs& inputs, at::TensorList grad_inputs, double* sums) {
   const LearnedSet& all = rule.sets.back();
   const std::size_t hypers = rule.hypers.size();
+  const double step = step_of(inputs);
   Batch batch(inputs.params.size());
   for (std::size_t i = 0; i < inputs.params.size(); ++i) {
     const Item item = item_for(batch.chunks(), rule, grad_params, grad_state, inputs, grad_inputs, i);
     Steps steps;
-    steps.now = batch.prepared(all.cpu[item.type].prepare_dual, inputs.hyper.const_data_ptr<double>(),
-                               *inputs.step.const_data_ptr<double>());
+    steps.now = batch.prepared(all.cpu[item.type].prepare_dual, inputs.hyper.const_data_ptr<double>(), step);
     batch.add(item, steps);
   }
   std::vector<double> partial(batch.size() * hypers, 0.0);

@@ -55,13 +55,7 @@ struct DeviceTeam {
 
  private:
   // __threadfence() is one of sequential consistency, which takes longer.
-  __device__ static void fence() {
-#if __CUDA_ARCH__ >= 700
-    asm volatile("fence.acq_rel.gpu;" ::: "memory");
-#else
-    __threadfence();
-#endif
-  }
+  __device__ static void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 };
 
 // One block on a multiprocessor is enough: otherwise ptxas spills registers to fit more.

@@ -280,7 +280,7 @@ at::Tensor norms(const Rule& rule, const Pass& pass) {
 
 void step(const Rule& rule, const Pass& pass) {
   const DeviceRule& kernels = device_rule(rule);
-  Batch batch(rule, pass, kWrites);
+  Batch batch(rule, pass, kWritesAll);
   batch.run_and_count([&](int arithmetic) {
     const LearnedLaunches& launches = launches_for(kernels.arithmetic[arithmetic], rule, pass.learn);
     return is_traced(pass) ? launches.traced_update : launches.update;
@@ -291,7 +291,7 @@ void step(const Rule& rule, const Pass& pass) {
 void settle(const Rule& rule, const Pass& pass) {
   const bool traced = is_traced(pass);
   const DeviceRule& kernels = device_rule(rule);
-  Batch batch(rule, pass, kWrites);
+  Batch batch(rule, pass, kWritesState);
   if (traced || (record_of(rule, pass) & kDeferred) != 0)
     batch.run([&](int arithmetic) {
       return traced ? vector_launches[arithmetic].decay : kernels.arithmetic[arithmetic].settle;

@@ -7,9 +7,9 @@
 namespace hyperopt_ext {
 namespace cuda {
 
-// Adds values [Columns][Threads] up over the threads, in a fixed order; folded() has the sum of a column then.
 constexpr int kParts = 16;  // sums of every 16th value: neighbouring threads read from different banks
 
+// Adds values [Columns][Threads] up over the threads, in a fixed order; folded() has the sum of a column then.
 template <int Threads, int Columns, class Team>
 HX_FN void fold(const Team& team, double* values) {
   static_assert(Columns <= Threads);

@@ -20,22 +20,22 @@ struct Adamax {
 
   template <class H>
   HX_FN static auto prepare(const H& h, double step) {
-    return pack(get<lr>(h) / (1.0 - pow(get<beta1>(h), step)), get<beta1>(h), get<beta2>(h), get<eps>(h),
-                get<weight_decay>(h));
+    return pack(get<lr>(h) / (1.0 - pow(get<beta1>(h), step)), get<beta1>(h), 1.0 - get<beta1>(h), get<beta2>(h),
+                get<eps>(h), get<weight_decay>(h));
   }
   template <class P, class W>
   HX_FN static auto penalty(const P& p, const W& w) {
-    const auto& [step_size, beta1, beta2, eps, weight_decay] = p;
+    const auto& [step_size, beta1, take1, beta2, eps, weight_decay] = p;
     return weight_decay * w;
   }
   template <class P, class E, class M, class U>
   HX_FN static auto advance(const P& p, const E& e, const M& m, const U& u) {
-    const auto& [step_size, beta1, beta2, eps, weight_decay] = p;
-    return pack(beta1 * m + (1.0 - beta1) * e, max(beta2 * u, sign(e) * e + eps));
+    const auto& [step_size, beta1, take1, beta2, eps, weight_decay] = p;
+    return pack(beta1 * m + take1 * e, max(beta2 * u, sign(e) * e + eps));
   }
   template <class P, class E, class W, class M, class U>
   HX_FN static auto change(const P& p, const E&, const W&, const M& m, const U& u) {
-    const auto& [step_size, beta1, beta2, eps, weight_decay] = p;
+    const auto& [step_size, beta1, take1, beta2, eps, weight_decay] = p;
     return -(step_size * m) / u;
   }
 };

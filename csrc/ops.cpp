@@ -151,10 +151,10 @@ void check_inputs(const Rule& rule, TensorList params, TensorList grads, TensorL
   const auto fits = [&](const Tensor& t) {
     return t.numel() == 1 && (params.empty() || t.is_meta() == params[0].is_meta());
   };
+  TORCH_CHECK_VALUE(fits(step), "step must be a tensor of one number that has a value");
   for (std::size_t i = 0; i < hyper.size(); ++i)
     TORCH_CHECK_VALUE(fits(hyper[i]) && hyper[i].is_floating_point(), "hyper: ", rule.hypers[i].name,
                       " must be a tensor of one floating-point number that has a value");
-  TORCH_CHECK_VALUE(fits(step), "step must be a tensor of one number that has a value");
   for (std::size_t i = 0; i < params.size(); ++i) {
     const at::ScalarType type = params[i].scalar_type();
     TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16, "params[",

@@ -12,6 +12,7 @@ from torch.optim.optimizer import Optimizer
 
 from hyperopt_ext import levels
 from hyperopt_ext.stack import Level
+from hyperopt_ext.update import check_no_module
 from hyperopt_ext.wrap import Wrap
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def _target(level: Level) -> tuple[Callable[..., Optimizer], str]:
 
 def _param_lists(opt: HyperOptimizer, params: Iterable[Any] | None) -> list[list[Tensor]]:
     own = [list(group["params"]) for group in opt.param_groups]
+    check_no_module(params)
     if params is None:
         return own
 

@@ -48,7 +48,7 @@ def include_path() -> Path:
     return installed if installed.exists() else package.parent / "csrc"
 
 
-def load_rule(header: str | os.PathLike[str], *, verbose: bool = False) -> type[Level]:
+def load_rule(header: str | os.PathLike[str], *, verbose: bool = False) -> type[Any]:
     """Compiles the rule in a header, loads it, and makes its class of levels (:func:`level_class`).
 
     The first call takes some 15 seconds and needs a C++17 compiler and ninja; later ones, in any process, find what it
@@ -237,7 +237,7 @@ def load_rules(library: str | os.PathLike[str]) -> tuple[str, ...]:
 
 
 @cache
-def level_class(rule: str) -> type[Level]:
+def level_class(rule: str) -> type[Any]:
     """A class of levels for a loaded rule, made of what the rule says of itself.
 
     Its arguments are the rule's hyperparameters, in the rule's order and with its defaults (``beta1`` and ``beta2`` as
@@ -287,7 +287,8 @@ def level_class(rule: str) -> type[Level]:
 
 def _level(rule: str, arguments: dict[str, Any]) -> Level:
     """Reads a pickled level, whose class no module holds."""
-    return level_class(rule)(**arguments)
+    level: Level = level_class(rule)(**arguments)
+    return level
 
 
 def rule_extension(name: str, headers: Sequence[str | os.PathLike[str]]) -> Any:

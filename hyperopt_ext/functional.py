@@ -20,7 +20,8 @@ makes that of a class of your own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from dataclasses import fields
+from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from torch.nn.functional import logsigmoid
 
 from hyperopt_ext import levels
 from hyperopt_ext.stack import RULES, Level, Stack
-from hyperopt_ext.update import is_exporting
+from hyperopt_ext.update import check_no_module, is_exporting
 
 State = dict[str, list[Tensor]]
 Params = TypeVar("Params", bound=Sequence[Tensor] | Mapping[str, Tensor])
@@ -66,6 +67,7 @@ def of(spec: type[Level]) -> Callable[..., tuple[list[Tensor], State]]:
     if spec.first_only:
         raise TypeError(f"functional.of: {spec.__name__} makes its step by another optimizer, and is no function")
     known, function = spec.structural(), spec.__name__.lower()
+    numbers = {f.name for f in fields(spec)} - {f.name for f in fields(Level)} - {*known}
 
     def update(
         params: Iterable[Tensor],
@@ -78,7 +80,10 @@ def of(spec: type[Level]) -> Callable[..., tuple[list[Tensor], State]]:
     ) -> tuple[list[Tensor], State]:
         for name in structure:
             if name not in known:
-                raise TypeError(f"{function} has no argument {name!r}")
+                hint = ": name it in hyper" if name in numbers else f"; it has {', '.join(known)}" if known else ""
+                raise TypeError(f"{function} has no argument {name!r}{hint}")
+        if not isinstance(hyper, Mapping):
+            raise TypeError(f"hyper must be a dict of tensors, as {{'lr': torch.tensor(0.1)}}, not {hyper!r}")
         return _update(spec.rule_for(list(hyper), **structure), params, grads, state, hyper, step, detach)
 
     arguments = f"    {', '.join(known)}: the variant of the method, as there.\n" if known else ""
@@ -108,6 +113,8 @@ def _update(
 ) -> tuple[list[Tensor], State]:
     slots, known = RULES[rule]["state"], RULES[rule]["hypers"]
     params, grads = _tensors("params", params), _tensors("grads", grads)
+    if state is not None and not isinstance(state, Mapping):
+        raise TypeError(f"state must be None or a dict of lists of tensors, not {type(state).__name__}")
     if state is None:
         state = {name: [_zeros(p) for p in params] for name in slots}
     if sorted(state) != sorted(slots):
@@ -117,7 +124,8 @@ def _update(
     names = [h["name"] for h in known]
     for name, value in {**hyper, "step": step}.items():
         if name not in [*names, "step"]:
-            raise ValueError(f"hyper names {name!r}, but {rule} has {', '.join(names)}")
+            hint = "; betas go by their names" if name == "betas" and "beta1" in names else ""
+            raise ValueError(f"hyper names {name!r}, but {rule} has {', '.join(names)}{hint}")
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor of one number, as torch.tensor({value!r}), not {value!r}")
     values = [
@@ -236,9 +244,17 @@ class Tower:
             self._known.append((sorted(level.values()), sorted(level.start()), len(moved_spaces)))
             moved_spaces = spaces
 
-    def init(self, params: Params) -> tuple[Params, TowerState]:
+    @overload
+    def init(self, params: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], TowerState]: ...
+    @overload
+    def init(self, params: Iterable[Tensor]) -> tuple[list[Tensor], TowerState]: ...
+    def init(self, params: Any) -> tuple[Any, TowerState]:
         """Copies of the parameters, a list or a dict as of ``named_parameters()``, and the state to start from."""
+        check_no_module(params)
         values = [p.detach().clone() for p in _values("params", params)]
+        for i, p in enumerate(values):
+            if not p.is_floating_point():
+                raise TypeError(f"params: number {i} is {p.dtype}, but only floating-point tensors can be trained")
         device = values[0].device if values else None
         coordinates: list[dict[str, Tensor]] = []
         for level, spec in zip(self._levels, self.stack, strict=True):
@@ -378,10 +394,16 @@ def tower(stack: Level | Stack) -> Tower:
 
 
 def _values(argument: str, tensors: Sequence[Tensor] | Mapping[str, Tensor]) -> list[Tensor]:
-    values = list(tensors.values() if isinstance(tensors, Mapping) else tensors)
-    if isinstance(tensors, Tensor) or not all(isinstance(t, Tensor) for t in values):
-        raise TypeError(f"{argument} must be a list of tensors, or a dict of them")
-    return values
+    named = tensors if isinstance(tensors, Mapping) else dict(enumerate(tensors))
+    if isinstance(tensors, Tensor):
+        raise TypeError(f"{argument} must be a list of tensors, or a dict of them, not one tensor")
+    for name, t in named.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(
+                f"{argument} must be a list of tensors, or a dict of them, but {argument}[{name!r}] is {t!r} (a "
+                "parameter that took no part has a gradient of zeros)"
+            )
+    return list(named.values())
 
 
 def _like(params: Params, values: list[Tensor]) -> Params:

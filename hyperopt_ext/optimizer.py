@@ -22,12 +22,15 @@ from hyperopt_ext.stack import RULES, Level, Stack, is_number
 from hyperopt_ext.update import (
     Group,
     Update,
+    adopt_assignments,
+    check_no_module,
     check_policy,
     is_exporting,
     is_state,
     move_towers,
     new_tower,
     state_dtype,
+    write,
 )
 
 if TYPE_CHECKING:
@@ -46,6 +49,11 @@ _OWN = ("stack", "tower", "optimizer")
 _GROUP_KEYS = {"params", "param_names", "stack", "maximize", "nonfinite", "initial_lr"}
 _SWITCHES = ("amsgrad", "decoupled_weight_decay", "nesterov", "centered")
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def check_mapping(state_dict: object) -> None:
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be what state_dict() gave, not {type(state_dict).__name__}")
 
 
 def _warn(text: str) -> None:
@@ -146,6 +154,7 @@ class HyperOptimizer(Optimizer):
     """
 
     _shard_group: ProcessGroup | None = None  # no part of what is copied
+    _rehearses = False  # the last call of step() was none, but how torch.distributed.checkpoint creates state
 
     def __init__(
         self,
@@ -158,6 +167,7 @@ class HyperOptimizer(Optimizer):
     ) -> None:
         if isinstance(params, Level | Stack):
             raise TypeError("params and stack are in the wrong order: HyperOptimizer(model.parameters(), stack)")
+        check_no_module(params)
         distributed.check_group(shard_group)
         self._shard_group = shard_group
         self.unscales = True
@@ -304,16 +314,17 @@ class HyperOptimizer(Optimizer):
             if any(g.nonfinite == "raise" for g in self._groups):
                 raise RuntimeError("nonfinite='raise' has to read values, which a compiled step cannot; use 'skip'")
         self._adopt_groups()
-        if not compiling and not self.state and self._is_rehearsal():
-            _create_state(self._key)
-            return loss
+        if not compiling:
+            self._rehearses = not self.state and self._is_rehearsal()
+            if self._rehearses:
+                _create_state(self._key)
+                return loss
         # All gradients before any state: dynamo must not meet a parameter as a key of the state first.
         moving = [[p for p in g.group["params"] if p.grad is not None and p.requires_grad] for g in self._groups]
         if compiling:
             for p in [*(p for g in self._groups for p in g.params), *self.state]:
                 id(p)  # makes a guard: with another tensor in its place, the step is traced again
-        for group in self._groups:
-            group.adopt_assignments()
+        adopt_assignments(self._groups)
         reduction = self._reduction
         scaler = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # of a torch.amp.GradScaler
         updates = [
@@ -348,8 +359,6 @@ class HyperOptimizer(Optimizer):
                 same, g.group["stack"] = g.stack == g.group["stack"], g.stack
                 if not same:
                     raise ValueError("param group: its stack stays what it is; add_param_group() takes another one")
-                if g.group["tower"] is g.tower:
-                    g.adopt_assignments()
             saved = [dict(group) for group in groups]
             self._attach_all()
             self._adopt_values(saved)
@@ -368,7 +377,7 @@ class HyperOptimizer(Optimizer):
         self._adopt_groups()
         if not -len(self._groups) <= index < len(self._groups):
             raise IndexError(f"group is {index}, but this optimizer has {len(self._groups)} param groups")
-        self._groups[index].adopt_assignments()
+        adopt_assignments(self._groups)
         return self._groups[index]
 
     def _is_rehearsal(self) -> bool:
@@ -425,6 +434,11 @@ class HyperOptimizer(Optimizer):
             raise
         if optimizer is not None:
             group["optimizer"] = optimizer
+            for name in ("momentum", "betas"):  # where a scheduler that cycles them looks
+                if name in optimizer.param_groups[0]:
+                    group[name] = self.defaults[name] = optimizer.param_groups[0][name]
+        if any(g.initial is not None for g in self._groups) and "lr" in stack[0].values():
+            group["lr"] = group["initial_lr"] = stack[0].values()["lr"]  # a schedule of its own, as the others have
         group["tower"] = new_tower(stack, group["params"], device)
         self._attach(group, reduction)
 
@@ -493,10 +507,11 @@ class HyperOptimizer(Optimizer):
 
     def _adopt_values(self, saved: list[dict[str, Any]]) -> None:
         """The hyperparameters of the first level, from what the groups held before :meth:`_attach_all`."""
-        for group, values in zip(self._groups, saved, strict=True):
-            for name, value in group.edited(values).items():
+        edited = [group.edited(values) for group, values in zip(self._groups, saved, strict=True)]
+        for group, values, new in zip(self._groups, saved, edited, strict=True):
+            for name, value in new.items():
                 if name != "lr" or "initial_lr" not in values or group.initial is None:
-                    group.hyperparameters[0][name].copy_(value)
+                    write(group.hyperparameters[0][name], value)
 
     def _attach(self, group: dict[str, Any], reduction: distributed.Reduction | None) -> None:
         """Adds what is derived from a param group; ``reduction`` is that of all groups."""
@@ -510,8 +525,7 @@ class HyperOptimizer(Optimizer):
         if self._shard_group is not None:
             raise TypeError("an optimizer with a shard_group cannot be copied or pickled; use state_dict()")
         self._adopt_groups()
-        for group in self._groups:
-            group.adopt_assignments()
+        adopt_assignments(self._groups)
         state: dict[str, Any] = super().__getstate__()
         return {**state, "unscales": self.unscales}
 
@@ -553,15 +567,14 @@ class HyperOptimizer(Optimizer):
             ValueError: the state dict is of another stack, or of parameters of other shapes. Nothing is changed then.
             TypeError: it is no dict, or one of its hyperparameters is no number. Nothing is changed then.
         """
-        if not isinstance(state_dict, Mapping):
-            raise TypeError(f"state_dict must be what state_dict() gave, not {type(state_dict).__name__}")
+        check_mapping(state_dict)
         own = [{name: group[name] for name in _OWN if name in group} for group in self.param_groups]
         started = any(is_state(state) for state in self.state.values())
         schedules = [None if started or g.initial is None else (g.entries["lr"], g.initial) for g in self._groups]
         loaded: dict[str, Any] = {}
 
         def check(_: Optimizer, incoming: dict[str, Any]) -> None:
-            self._check_state_dict(incoming)
+            self._check_state_dict(incoming, [group["params"] for group in self.param_groups])
             self._load_wrapped(incoming["param_groups"])
             loaded.update(incoming)
 
@@ -617,7 +630,8 @@ class HyperOptimizer(Optimizer):
                     state = torch.empty_like(like, dtype=state_dtype(p, name), device=p.device, requires_grad=False)
                     self.state[p][name] = state.copy_(value)
 
-    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def _check_state_dict(self, state_dict: dict[str, Any], params: list[list[Tensor]]) -> None:
+        """Whether this optimizer can go on from it; ``params``, by group: with ZeRO, those of all processes."""
         saved_groups = state_dict.get("param_groups", [])
         if len(saved_groups) != len(self.param_groups):
             raise ValueError(
@@ -625,63 +639,65 @@ class HyperOptimizer(Optimizer):
             )
         if "state" not in state_dict:
             raise ValueError("state_dict has no 'state': it is a part of what state_dict() gave")
-        for i, (saved, group) in enumerate(zip(saved_groups, self.param_groups, strict=True)):
-            ours = group["stack"].structure()
-            if "stack" not in saved:
-                raise ValueError("state_dict is not that of a HyperOptimizer: its param groups name no stack")
-            for name in ("params", "maximize", "nonfinite"):
-                if name not in saved:
-                    raise ValueError(f"state_dict: param group {i} has no {name!r}, which state_dict() gave it")
-            if saved["stack"] != ours:
+        for i, (saved, own) in enumerate(zip(saved_groups, params, strict=True)):
+            self._check_group(i, saved, own, state_dict["state"])
+
+    def _check_group(self, i: int, saved: dict[str, Any], params: list[Tensor], state: Mapping[Any, Any]) -> None:
+        group, attached = self.param_groups[i], self._groups[i]
+        ours = group["stack"].structure()
+        if "stack" not in saved:
+            raise ValueError("state_dict is not that of a HyperOptimizer: its param groups name no stack")
+        for name in ("params", "maximize", "nonfinite"):
+            if name not in saved:
+                raise ValueError(f"state_dict: param group {i} has no {name!r}, which state_dict() gave it")
+        if saved["stack"] != ours:
+            raise ValueError(
+                f"state_dict: param group {i} is of the stack {saved['stack']!r}, but this optimizer's is {ours!r} "
+                "(traced: with a horizon of more than one step)"
+            )
+        if len(saved["params"]) != len(params):
+            raise ValueError(
+                f"state_dict: param group {i} has {len(saved['params'])} parameters, but this optimizer's has "
+                f"{len(params)}"
+            )
+        shape, expected = getattr(saved.get("tower"), "shape", None), group["tower"].shape
+        if shape != expected:
+            found = "no tower" if shape is None else f"a tower of the shape {tuple(shape)}"
+            raise ValueError(f"state_dict: param group {i} has {found}, but this optimizer needs {tuple(expected)}")
+        attached.edited(saved)
+        check_policy(saved["nonfinite"])
+        initial = saved.get("initial_lr", 1.0)
+        if not is_number(initial) and not (isinstance(initial, Tensor) and initial.numel() == 1):
+            raise ValueError(f"state_dict: initial_lr of param group {i} must be a number, not {initial!r}")
+        if attached.scales_lr() and not bool(initial > 0):
+            raise ValueError(f"state_dict: initial_lr of param group {i} must be greater than 0, not {float(initial)}")
+        inner = saved.get("optimizer")
+        if "optimizer" in group and not (isinstance(inner, Mapping) and {"state", "param_groups"} <= inner.keys()):
+            raise ValueError(f"state_dict: param group {i} has no state dict of its {group['stack'][0]}")
+        for j, (key, p) in enumerate(zip(saved["params"], params, strict=True)):
+            self._check_param_state(f"parameter {j} of group {i}", state.get(key, {}), p, attached.state_names())
+
+    @staticmethod
+    def _check_param_state(of: str, state: Any, p: Tensor, names: list[str]) -> None:
+        if not isinstance(state, Mapping):
+            raise ValueError(f"state_dict: the state of {of} must be a dict of tensors")
+        if not any(name in state for name in names):  # there may be entries of others
+            return
+        for name in names:
+            value = state.get(name)
+            if not isinstance(value, Tensor):
                 raise ValueError(
-                    f"state_dict: param group {i} is of the stack {saved['stack']!r}, but this optimizer's is {ours!r} "
-                    "(traced: with a horizon of more than one step)"
+                    f"state_dict: the state of {of} must have a tensor {name!r}, as {', '.join(names)}; it holds "
+                    f"{', '.join(state)}"
                 )
-            if len(saved["params"]) != len(group["params"]):
+            shape = () if name in ("step", "tick") else p.shape
+            if value.shape != shape:
                 raise ValueError(
-                    f"state_dict: param group {i} has {len(saved['params'])} parameters, but this optimizer's has "
-                    f"{len(group['params'])}"
+                    f"state_dict: {name} of {of} has the shape {tuple(value.shape)}, but the parameter needs "
+                    f"{tuple(shape)}"
                 )
-            shape, expected = getattr(saved.get("tower"), "shape", None), group["tower"].shape
-            if shape != expected:
-                found = "no tower" if shape is None else f"a tower of the shape {tuple(shape)}"
-                raise ValueError(f"state_dict: param group {i} has {found}, but this optimizer needs {tuple(expected)}")
-            self._groups[i].edited(saved)
-            check_policy(saved["nonfinite"])
-            initial = saved.get("initial_lr", 1.0)
-            if not is_number(initial) and not (isinstance(initial, Tensor) and initial.numel() == 1):
-                raise ValueError(f"state_dict: initial_lr of param group {i} must be a number, not {initial!r}")
-            if "optimizer" in group:
-                inner = saved.get("optimizer")
-                sizes = [len(group["params"])]
-                if (
-                    not isinstance(inner, Mapping)
-                    or "state" not in inner
-                    or [len(g["params"]) for g in inner.get("param_groups", [])] != sizes
-                ):
-                    raise ValueError(f"state_dict: param group {i} has no state dict of its {group['stack'][0]}")
-            names = self._groups[i].state_names()
-            for j, (key, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
-                state = state_dict["state"].get(key, {})
-                if not isinstance(state, Mapping):
-                    raise ValueError(f"state_dict: the state of parameter {j} of group {i} must be a dict of tensors")
-                if not any(name in state for name in names):  # there may be entries of others
-                    continue
-                for name in names:
-                    value = state.get(name)
-                    if not isinstance(value, Tensor):
-                        raise ValueError(
-                            f"state_dict: the state of parameter {j} of group {i} must have a tensor {name!r}, as "
-                            f"{', '.join(names)}; it holds {', '.join(state)}"
-                        )
-                    shape = () if name in ("step", "tick") else p.shape
-                    if value.shape != shape:
-                        raise ValueError(
-                            f"state_dict: {name} of parameter {j} of group {i} has the shape {tuple(value.shape)}, "
-                            f"but the parameter needs {tuple(shape)}"
-                        )
-                    if name not in ("step", "tick"):
-                        distributed.check_layout(f"state_dict: {name} of parameter {j} of group {i}", value, p)
+            if name not in ("step", "tick"):
+                distributed.check_layout(f"state_dict: {name} of {of}", value, p)
 
     def __repr__(self) -> str:
         lines = [f"HyperOptimizer({self.stack}"]

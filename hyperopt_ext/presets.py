@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -90,7 +91,7 @@ def _within_bounds(lr: float | None, arguments: dict[str, Any]) -> dict[str, Any
     bounds = arguments.get("bounds")
     pair = bounds.get("lr") if isinstance(bounds, Mapping) else None
     largest = pair[-1] if isinstance(pair, Sequence) and pair else None  # what else is wrong with it, Level says
-    return {**arguments, "lr": largest} if lr is None and is_number(largest) else arguments
+    return {**arguments, "lr": largest} if lr is None and is_number(largest) and largest < math.inf else arguments
 
 
 def sgd_hd(lr: float, hyper_lr: float = 1e-6) -> Stack:

@@ -30,7 +30,7 @@ class _Track:
 
     def __init__(self, opt: HyperOptimizer, group: int) -> None:
         self.stack: Stack = opt.param_groups[group]["stack"]
-        self.tower: Tensor = opt.param_groups[group]["tower"]
+        self.group = opt.param_groups[group]
         self.fields: list[tuple[str, int, str, bool]] = []  # kind, level, name, one for each tensor
         columns = []
         for kind, levels in (("learned", opt.hyperparameters(group)), ("used", opt.in_use(group)[:1])):
@@ -41,6 +41,12 @@ class _Track:
         self.columns = torch.tensor(columns, device=self.tower.device)
         self.chunks: list[Tensor] = []
         self.free: list[Tensor] = []
+
+    @property
+    def tower(self) -> Tensor:
+        """The present one: what moves an optimizer puts another in its place."""
+        tower: Tensor = self.group["tower"]
+        return tower
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def record(self) -> None:
@@ -124,9 +130,9 @@ class Recorder:
         self._written = 0
         me = ref(self)  # which holds the optimizer: with the hook a cycle, that only the garbage collector would break
 
-        def record(*_: object) -> None:
+        def record(opt: HyperOptimizer, *_: object) -> None:
             _not_compiling()
-            if (recorder := me()) is not None:
+            if (recorder := me()) is not None and not opt._rehearses:
                 recorder.record()
 
         self._handle = opt.register_step_post_hook(record) if hook else None

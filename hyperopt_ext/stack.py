@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, MISSING, Field, dataclass, field, fields, repla
 from difflib import get_close_matches
 from itertools import pairwise
 from numbers import Integral, Real
-from typing import Any, ClassVar, NoReturn, TypeGuard
+from typing import Any, ClassVar, NoReturn, Self, TypeGuard
 
 import torch
 from torch import Tensor
@@ -251,7 +251,8 @@ class Level:
             raise ValueError(
                 f"{me}: {name} = {value!r} does not exist in the coordinate {space!r}; choose another space"
             )
-        if name in self.learn_names and value == 0 and space in ("log", "multiplicative"):
+        stuck = {"log", "multiplicative"} | ({"square", "softplus", "tanh"} if name in self.space else set())
+        if name in self.learn_names and value == 0 and space in stuck:
             raise ValueError(
                 f"{me}: {name} = 0 cannot be left in the coordinate {space!r}; start from more, or choose another space"
             )
@@ -296,6 +297,8 @@ class Level:
             if high >= h["high"]:
                 high = h["high"] - _OPEN_END * (abs(h["high"]) or 1.0) if h["high"] < math.inf else math.inf
             least, most = _RANGES[space] if h["name"] in learned else _RANGES["linear"]
+            if h["space"] == "log" and space != "log" and h["name"] in learned and h["name"] not in self.bounds:
+                least = _OPEN_END * h["initial"]  # an eps of 0 would divide 0 by 0
             result.append((float(max(low, least)), float(min(high, most))))
         return result
 
@@ -343,7 +346,7 @@ class Level:
         step: Callable[..., None] = getattr(torch.ops.hyperopt_ext, f"{self.rule}_step_").default
         return step
 
-    def replace(self, **changes: Any) -> Level:
+    def replace(self, **changes: Any) -> Self:
         """The same level with other arguments."""
         return replace(self, **changes)
 

@@ -26,6 +26,11 @@ def is_capturing(t: Tensor) -> bool:
     return t.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def check_no_module(params: object) -> None:
+    if isinstance(params, torch.nn.Module):
+        raise TypeError(f"params are those of the {type(params).__name__}: write model.parameters()")
+
+
 def check_policy(policy: Any) -> None:
     if policy is not None and policy not in _POLICIES:
         raise ValueError(f"nonfinite is {policy!r}, but the policies are {', '.join(map(repr, _POLICIES))}")
@@ -61,14 +66,23 @@ def _foreign_levels(plan: list[int]) -> list[tuple[int, int]]:
     return [(k, rule[k + 1]) for k in range(len(rule) - 1) if built_in[k + 1] < 0]
 
 
-def _assigned(name: str, value: Any, live: Tensor) -> Tensor:
-    """What a caller put in the place of a hyperparameter's live value (perhaps a view of it), to be copied there."""
+def _assigned(name: str, value: Any, live: Tensor) -> float | Tensor:
+    """What a caller put in the place of a hyperparameter's live value: no view of one, nor of another."""
     if isinstance(value, Tensor) and value.numel() in (1, live.numel()):
         own: Tensor = value.detach().clone()
         return own.reshape(()) if own.numel() == 1 else own
     if not is_number(value):
         raise TypeError(f"param group: {name} must be a number or a tensor of one, not {value!r}")
+    if not torch.compiler.is_compiling():
+        return float(value)
     return torch.zeros((), dtype=live.dtype, device="cpu") + value  # a sum, so that dynamo makes an input of the number
+
+
+def write(target: Tensor, value: float | Tensor) -> None:
+    if isinstance(value, Tensor):
+        target.copy_(value)
+    else:
+        target.fill_(value)  # a copy from the host would wait for the device
 
 
 def _pair(betas: Any) -> tuple[Any, Any]:
@@ -205,22 +219,24 @@ class Group:
         self.group.update(initial_lr=self.initial, lr=entry)
         self.entries["lr"] = self.targets["lr"] = self.group["lr"]
 
-    def adopt_assignments(self) -> None:
-        """``group["lr"] = 0.1`` is ``group["lr"].fill_(0.1)``: the entry is a view of the tower again."""
+    def assignments(self) -> dict[str, float | Tensor]:
+        """What the caller put in the place of the live values, apart from them."""
         if len(self.group) != len(self.names):
             self._check_new_entries()
         if self.betas is not None:
             betas = _pair(self.group["betas"])
             if betas[0] is not self.betas[0] or betas[1] is not self.betas[1]:
                 self.group.update(beta1=betas[0], beta2=betas[1], betas=self.betas)
-        for name, live in self.entries.items():
-            value = self.group.get(name)
-            if value is not live:
-                if is_number(value) and not torch.compiler.is_compiling():
-                    self.targets[name].fill_(float(value))  # a copy from the host would wait for the device
-                else:
-                    self.targets[name].copy_(_assigned(name, value, live))
-                self.group[name] = live
+        return {
+            name: _assigned(name, value, live)
+            for name, live in self.entries.items()
+            if (value := self.group.get(name)) is not live
+        }
+
+    def adopt(self, assignments: dict[str, float | Tensor]) -> None:
+        for name, value in assignments.items():
+            write(self.targets[name], value)
+            self.group[name] = self.entries[name]
         if self.initial is not None:
             self.schedule.copy_(self.entries["lr"] / self.initial)
 
@@ -234,14 +250,15 @@ class Group:
                     f"write {base}({name}={value!r})"
                 )
 
-    def edited(self, saved: dict[str, Any]) -> dict[str, Tensor]:
+    def edited(self, saved: dict[str, Any]) -> dict[str, float | Tensor]:
         """The values of the first level in a param group of a state dict, where the caller may have edited them."""
         live = self.hyperparameters[0]
         values = {name: _assigned(name, saved[name], live[name]) for name in live if name in saved}
         if self.betas is not None and "betas" in saved:
             for name, beta in zip(("beta1", "beta2"), _pair(saved["betas"]), strict=True):
-                value = _assigned(name, beta, live[name]).to(live[name])
-                if not torch.equal(value.expand_as(live[name]), live[name]):  # else beta1 may be what was edited
+                value = torch.empty_like(live[name])
+                write(value, _assigned(name, beta, live[name]))
+                if not torch.equal(value, live[name]):  # else beta1 may be what was edited
                     values[name] = value
         return values
 
@@ -255,6 +272,16 @@ class Group:
             shape = torch.empty((), device=p.device) if name in ("step", "tick") else p
             state[name] = torch.full_like(shape, value, dtype=state_dtype(p, name), requires_grad=False)
         return state
+
+
+def adopt_assignments(groups: list[Group]) -> None:
+    """``group["lr"] = 0.1`` is ``group["lr"].fill_(0.1)``: the entries are views of the towers again.
+
+    All are read before any is written to, since two may have changed places.
+    """
+    assignments = [group.assignments() for group in groups]
+    for group, values in zip(groups, assignments, strict=True):
+        group.adopt(values)
 
 
 class Update:
@@ -342,10 +369,20 @@ class Update:
         if found is None:
             return error
         p = self.params[int(found[1]) % len(self.params)]
+        return type(error)(f"{error} ({found[0]} belongs to {self._name_of(p)})")
+
+    def _name_of(self, p: Tensor) -> str:
         i = next(i for i, known in enumerate(self.group.params) if known is p)
         names = self.group.group.get("param_names")
         name = f"parameter {i} of its group" if names is None else repr(names[i])
-        return type(error)(f"{error} ({found[0]} belongs to {name}, of shape {tuple(p.shape)})")
+        return f"{name}, of shape {tuple(p.shape)}"
+
+    def not_finite(self) -> str:
+        """Which gradient of this process it is."""
+        for p, grad in zip(self.params, self.counted[1], strict=True):
+            if not bool(grad.isfinite().all()):
+                return f"the gradient of {self._name_of(p)},"
+        return "a hypergradient, a gradient's norm or a gradient of another process"
 
     def norms(self) -> Tensor:
         sums: Tensor = self.group.norms(*self.counted, self.grad_scale)
@@ -390,7 +427,7 @@ def move_towers(updates: list[Update], reduction: distributed.Reduction | None) 
     for update, own in zip(updates, sums, strict=True):
         raises = update.group.nonfinite == "raise" and update.found_inf is None
         if raises and not bool(own.isfinite().all()):
-            raise FloatingPointError("a gradient, or a hypergradient, is not finite; nothing was changed in this step")
+            raise FloatingPointError(f"{update.not_finite()} is not finite; nothing was changed in this step")
     apply(ops.tower_.default, updates, sums)
     capped = [update for update in updates if update.group.capped]
     norms = [update.norms() for update in capped]

@@ -128,7 +128,7 @@ class Wrap(Level):
         steps, part = super().horizons()
         return steps, max(part, sys.float_info.min)
 
-    def replace(self, **changes: Any) -> Level:
+    def replace(self, **changes: Any) -> Wrap:
         own = {f.name: getattr(self, f.name) for f in fields(Level)}
         return Wrap(self.optimizer, **{**own, **self.own, **changes})
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.distributed.optim
 from torch import Tensor
 
-from hyperopt_ext.optimizer import HyperOptimizer
+from hyperopt_ext.optimizer import HyperOptimizer, check_mapping
 from hyperopt_ext.stack import Level, Stack
 
 if TYPE_CHECKING:
@@ -24,14 +24,18 @@ class ZeroRedundancyOptimizer(torch.distributed.optim.ZeroRedundancyOptimizer):
     shares, so that all processes have the same towers. :meth:`consolidate_state_dict` and the state dict do not depend
     on the number of processes.
 
-    ``opt.optim`` is this process's :class:`HyperOptimizer`, for ``opt.optim.in_use()``, ``hx.Recorder(opt.optim)``,
-    ``hx.summary(opt.optim)``.
+    ``opt.optim`` is this process's :class:`HyperOptimizer`, of its share of the parameters, for ``opt.optim.in_use()``,
+    ``hx.Recorder(opt.optim)``, ``hx.summary(opt.optim)``. To export all of the model, load the consolidated state dict
+    into a :class:`HyperOptimizer` of all parameters.
 
     Args:
         params: as in torch: parameters or param groups, all of one dtype, the same on all processes.
         stack: as in :class:`HyperOptimizer`, as are ``maximize`` and ``nonfinite``; with ``granularity="group"``.
         process_group: the processes that share the state. Default: all.
         parameters_as_bucket_view: as in torch. Default: False.
+
+    Raises:
+        TypeError: the first level wraps another optimizer.
     """
 
     def __init__(
@@ -54,6 +58,14 @@ class ZeroRedundancyOptimizer(torch.distributed.optim.ZeroRedundancyOptimizer):
             maximize=maximize,
             nonfinite=nonfinite,
         )
+        for own in self.optim.param_groups:
+            self._check_level(own["stack"])
+
+    @staticmethod
+    def _check_level(stack: Level | Stack) -> None:
+        level = Stack.coerce(stack)[0]
+        if level.first_only:
+            raise TypeError(f"ZeroRedundancyOptimizer: {level!r} keeps a state of its own, which could not be gathered")
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -73,6 +85,8 @@ class ZeroRedundancyOptimizer(torch.distributed.optim.ZeroRedundancyOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in :class:`HyperOptimizer`; on all processes."""
+        if isinstance(param_group, dict) and "stack" in param_group:
+            self._check_level(param_group["stack"])
         groups = self.__dict__["param_groups"]
         before = len(groups)
         try:
@@ -99,14 +113,13 @@ class ZeroRedundancyOptimizer(torch.distributed.optim.ZeroRedundancyOptimizer):
         """Takes this process's share of a consolidated state dict, or of that of a :class:`HyperOptimizer`.
 
         Raises:
-            ValueError: the state dict is of another stack, or of parameters of other shapes. Nothing is changed then.
+            ValueError: the state dict is of another stack, or of parameters of other shapes. Nothing is changed then on
+                any process.
+            TypeError: it is no dict.
         """
+        check_mapping(state_dict)
         groups, saved = self.param_groups, state_dict.get("param_groups", [])
-        if [len(group["params"]) for group in saved] != [len(group["params"]) for group in groups]:
-            raise ValueError(
-                f"state_dict has param groups of {[len(group['params']) for group in saved]} parameters, but this "
-                f"optimizer has {[len(group['params']) for group in groups]}"
-            )
+        self.optim._check_state_dict(state_dict, [group["params"] for group in groups])  # what others take, too
         key_of = {
             p: key
             for ours, theirs in zip(groups, saved, strict=True)

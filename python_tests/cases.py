@@ -202,7 +202,7 @@ def levels(draw: st.DrawFn, lr: float, below: hx.Level | None = None) -> hx.Leve
     learn = draw(st.lists(st.sampled_from(names), unique=True))
     space = {}
     for name in learn:
-        coordinates = ["linear", "square"] + (["log", "softplus", "tanh"] if hyper[name] > 0 else [])
+        coordinates = ["linear"] + (["square", "log", "softplus", "tanh"] if hyper[name] > 0 else [])
         space[name] = draw(st.sampled_from(coordinates))
     return level_of(rule, hyper, learn=tuple(learn), space=space)
 

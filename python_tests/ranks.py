@@ -527,6 +527,25 @@ def errors():
     zero = ZeroRedundancyOptimizer(Regression(1).model.parameters(), STACKS["adamw"])
     with pytest.raises(ValueError, match="state_dict: param group 0 is of the stack"):
         zero.load_state_dict(whole_opt.state_dict())
+    with pytest.raises(TypeError, match="state_dict must be what state_dict"):
+        zero.load_state_dict([])
+    with pytest.raises(ValueError, match="state_dict has no 'state'"):
+        zero.load_state_dict({"param_groups": whole_opt.state_dict()["param_groups"]})
+    _, trained_opt = alone(STACKS["adamw"], 2)
+    for key in range(4):  # of which each process takes some
+        wrong = trained_opt.state_dict()
+        wrong["state"][key] = {**wrong["state"][key], "exp_avg": torch.ones(1, 1, 1)}
+        with pytest.raises(ValueError, match=f"exp_avg of parameter {key} of group 0 has the shape"):
+            zero.load_state_dict(wrong)
+    assert float(zero.param_groups[0]["lr"]) != float(trained_opt.param_groups[0]["lr"])
+    zero.load_state_dict(trained_opt.state_dict())
+    assert float(zero.param_groups[0]["lr"]) == float(trained_opt.param_groups[0]["lr"])
+    wrapped = hx.Wrap(torch.optim.Adam, lr=0.1) / hx.SGD()
+    with pytest.raises(TypeError, match=r"ZeroRedundancyOptimizer: Wrap\(Adam, .*\) keeps a state of its own"):
+        ZeroRedundancyOptimizer(Regression(1).model.parameters(), wrapped)
+    with pytest.raises(TypeError, match="keeps a state of its own"):
+        zero.add_param_group({"params": [nn.Parameter(torch.ones(2).double())], "stack": wrapped})
+    assert len(zero.param_groups) == len(zero.optim.param_groups) == 1
 
 
 class Block(nn.Module):

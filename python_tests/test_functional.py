@@ -350,3 +350,85 @@ def test_every_operator_has_a_meta_kernel(case):
         assert (a.device.type, a.shape, a.dtype) == ("meta", b.shape, b.dtype)
     for slot in state.values():
         assert [s.dtype for s in slot] == [torch.float32] * 2
+
+
+def test_what_is_not_named_is_at_its_default_in_double():
+    generator = torch.Generator().manual_seed(0)
+    w, g = (torch.randn(50, generator=generator, dtype=torch.float64) for _ in range(2))
+    p = torch.nn.Parameter(w.clone())
+    p.grad = g
+    torch.optim.Adam([p], lr=0.1).step()
+    lr = torch.tensor(0.1, dtype=torch.float64)
+    [new], _ = hx.functional.adam([w], [g], None, {"lr": lr}, torch.tensor(1))
+    torch.testing.assert_close(new, p.detach(), rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    "stack",
+    [
+        hx.Adam(lr=0.01, initial_state={"exp_avg": 0.3, "exp_avg_sq": 0.2}) / hx.SGD(lr=1e-4),
+        hx.SGD(lr=0.01, learn="lr") / hx.Adagrad(lr=1e-3, initial_accumulator_value=0.5),
+        hx.Adagrad(lr=0.01, initial_accumulator_value=0.5, initial_state={"sum": 0.1}) / hx.SGD(lr=1e-4),
+    ],
+    ids=["states", "a level above", "the state in two ways"],
+)
+def test_a_tower_starts_as_the_optimizer_does(stack):
+    problem = Regression(30)
+    opt, tower = hx.HyperOptimizer(problem.model.parameters(), stack), hx.functional.tower(stack)
+    params, state = tower.init(problem.model.parameters())
+    for i in range(30):
+        leaves = [p.clone().requires_grad_() for p in params]
+        params, state = tower.step(params, torch.autograd.grad(problem.loss_of(i, leaves), leaves), state)
+        problem.train(opt, range(i, i + 1))
+    assert_same(problem.model.parameters(), opt.hyperparameters(), params, tower.hyperparameters(state))
+
+
+def test_a_root_may_come_to_be_below_0():
+    stack = hx.SGD(lr=0.01, learn="lr", space={"lr": "square"}) / hx.SGD(lr=0.3)
+    w = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    opt, tower = hx.HyperOptimizer([w], stack), hx.functional.tower(stack)
+    params, state = tower.init([w])
+    roots = []
+    for i in range(6):  # the last step was wrong, each time
+        w.grad = torch.full_like(w, (-1.0) ** i)
+        opt.step()
+        params, state = tower.step(params, [w.grad], state)
+        roots.append(state.coordinates[0]["lr"].item())
+    assert min(roots) < 0
+    assert_same([w], opt.hyperparameters(), params, tower.hyperparameters(state))
+
+
+WRONG = {
+    "a number of the level": (
+        lambda w, f: f.sgd([w], [w], None, {}, torch.tensor(1), momentum=True),
+        "sgd has no argument 'momentum': name it in hyper",
+    ),
+    "no such variant": (
+        lambda w, f: f.sgd([w], [w], None, {}, torch.tensor(1), amsgrad=True),
+        "sgd has no argument 'amsgrad'; it has nesterov",
+    ),
+    "hyper is no dict": (lambda w, f: f.adam([w], [w], None, None, torch.tensor(1)), "hyper must be a dict of tensors"),
+    "state is a list": (lambda w, f: f.adam([w], [w], [w, w], {}, torch.tensor(1)), "state must be None or a dict"),
+    "betas": (
+        lambda w, f: f.adam([w], [w], None, {"betas": torch.ones(2)}, torch.tensor(1)),
+        "betas go by their names",
+    ),
+    "a complex parameter": (
+        lambda w, f: f.tower(hx.SGD()).init([w + 0j]),
+        "only floating-point tensors can be trained",
+    ),
+    "a module": (
+        lambda w, f: f.tower(hx.SGD()).init(torch.nn.Linear(1, 1)),
+        r"those of the Linear: write model\.param",
+    ),
+    "a gradient that is not there": (
+        lambda w, f: f.tower(hx.SGD()).step({"a": w}, {"a": None}, f.tower(hx.SGD()).init({"a": w})[1]),
+        r"grads\['a'\] is None \(a parameter that took no part has a gradient of zeros",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "words"), WRONG.values(), ids=WRONG)
+def test_what_is_wrong_is_said(call, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        call(torch.ones(2), hx.functional)

@@ -15,6 +15,7 @@ import torch
 from cases import CASES
 from problems import Regression, float64_by_default, relative_error
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -388,3 +389,68 @@ def test_optimizer_and_recorder_go_when_nobody_holds_them():
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_a_checkpoint_that_makes_the_state_is_no_step():
+    problem = Regression(4)
+    opt = hx.HyperOptimizer(problem.model.parameters(), STACKS["three levels"])
+    recorder = hx.Recorder(opt)
+    get_optimizer_state_dict(problem.model, opt)  # calls step()
+    assert len(recorder) == 0
+    problem.train(opt, range(4))
+    assert len(recorder) == 4
+
+
+def test_a_tower_that_is_moved_is_followed():
+    problem = Regression(8)
+    opt = hx.HyperOptimizer(problem.model.parameters(), STACKS["three levels"])
+    recorder = hx.Recorder(opt)
+    lrs = []
+    for i in range(8):
+        if i == 4:
+            opt.param_groups[0]["tower"] = opt.param_groups[0]["tower"].clone()
+        problem.train(opt, range(i, i + 1))
+        lrs.append(opt.hyperparameters()[0]["lr"].item())
+    assert recorder.hyperparameters()[0]["lr"].tolist() == lrs
+    _, schedule = opt.export(recorder)
+    assert len(schedule.lr_lambdas[0].factors) == 8
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize(
+    "level", [case.make(**case.options[-1]) for case in EXPORTED] + [hx.Wrap(torch.optim.RMSprop, lr=0.01)], ids=str
+)
+def test_the_direction_is_exported(level, maximize):
+    problem = Regression(2)
+    opt = hx.HyperOptimizer(problem.model.parameters(), level / hx.SGD(lr=0.0), maximize=maximize)
+    problem.train(opt, range(1))
+    plain, _ = opt.export()
+    assert plain.param_groups[0].get("maximize", False) == maximize
+
+
+def test_an_lr_that_was_always_0_is_exported_as_0():
+    problem = Regression(3)
+    opt = hx.HyperOptimizer(problem.model.parameters(), hx.SGD(lr=0.0, learn=()))
+    recorder = hx.Recorder(opt)
+    problem.train(opt, range(3))
+    plain, schedule = opt.export(recorder)
+    plain.step()
+    schedule.step()
+    assert plain.param_groups[0]["lr"] == 0.0
+
+
+def test_what_was_written_is_not_written_again_after_a_checkpoint(tmp_path):
+    problem = Regression(6)
+    opt = hx.HyperOptimizer(problem.model.parameters(), STACKS["three levels"])
+    recorder = hx.Recorder(opt)
+    written = []
+    writer = types.SimpleNamespace(add_scalar=lambda tag, value, step: written.append((tag, step)))
+    problem.train(opt, range(3))
+    recorder.write_scalars(writer)
+    resumed = hx.Recorder(opt)
+    resumed.load_state_dict(recorder.state_dict())
+    recorder.close()
+    problem.train(opt, range(3, 6))
+    resumed.write_scalars(writer)
+    steps = [step for tag, step in written if tag == "hyperparameters/lr"]
+    assert steps == [1, 2, 3, 4, 5, 6]

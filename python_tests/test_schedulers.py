@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -409,3 +410,57 @@ def test_what_was_assigned_before_a_scheduler_came_counts():
     schedulers.ConstantLR(opt, 0.5, 100)
     problem.train(opt, range(1))
     assert opt.in_use()[0]["momentum"] == 0.5
+
+
+@pytest.mark.parametrize("granularity", ["group", "tensor"])
+@pytest.mark.parametrize("make", [partial(schedulers.StepLR, step_size=1), schedulers.ExponentialLR])
+def test_a_group_that_is_added_has_a_schedule_of_its_own(make, granularity):
+    """It starts at its own lr, and its learned lr is not what the scheduler writes to."""
+    problem, plain = Regression(STEPS), Regression(STEPS)
+    level = hx.SGD(lr=LR, granularity=granularity)
+    opt = hx.HyperOptimizer(problem.model[0].parameters(), level / hx.SGD(lr=0.0))
+    other = torch.optim.SGD(plain.model[0].parameters(), lr=LR)
+    one, two = make(opt, gamma=0.5), make(other, gamma=0.5)
+    for added in (False, True):
+        if added:
+            opt.add_param_group({"params": problem.model[2].parameters(), "lr": 0.2})
+            other.add_param_group({"params": plain.model[2].parameters(), "lr": 0.2})
+        for _ in zip(train(problem, opt, one, range(2)), train(plain, other, two, range(2)), strict=True):
+            pass
+    opt.step()
+    assert opt.hyperparameters(1)[0]["lr"].reshape(-1)[0] == 0.2
+    assert opt.in_use(1)[0]["lr"].reshape(-1)[0] == pytest.approx(0.05, rel=1e-12)
+    for p, q in zip(problem.model[2].parameters(), plain.model[2].parameters(), strict=True):
+        assert relative_error(p.detach(), q.detach() - 0.05 * q.grad) <= 1e-12
+
+
+def test_a_schedule_after_another_one_starts_from_the_lr_in_use():
+    problem = Regression(8)
+    opt = hx.HyperOptimizer(problem.model.parameters(), hx.SGD(lr=LR) / hx.SGD(lr=0.0))
+    for _ in train(problem, opt, schedulers.ExponentialLR(opt, 0.5), range(3)):
+        pass
+    opt.param_groups[0]["initial_lr"] = 2 * LR  # as one that names a first lr brings it
+    problem.train(opt, range(3, 4))
+    assert opt.hyperparameters()[0]["lr"].item() == 2 * LR
+    assert opt.in_use()[0]["lr"].item() == pytest.approx(LR / 8, rel=1e-12)
+
+
+def test_an_initial_lr_of_0_in_a_checkpoint_is_an_error():
+    opt = hx.HyperOptimizer(Regression(1).model.parameters(), hx.SGD(lr=LR) / hx.SGD(lr=0.0))
+    schedulers.ConstantLR(opt, 0.5)
+    state_dict = opt.state_dict()
+    state_dict["param_groups"][0]["initial_lr"] = torch.tensor(0.0)
+    with pytest.raises(ValueError, match="initial_lr of param group 0 must be greater than 0, not 0"):
+        opt.load_state_dict(state_dict)
+
+
+@pytest.mark.parametrize("wrapped", [torch.optim.Adam, partial(torch.optim.SGD, momentum=0.7)])
+@pytest.mark.parametrize("schedule", MOMENTUM.values(), ids=MOMENTUM)
+def test_the_momentum_of_a_wrapped_optimizer_is_cycled(schedule, wrapped):
+    problem, plain = Regression(STEPS), Regression(STEPS)
+    opt = hx.HyperOptimizer(problem.model.parameters(), hx.Wrap(wrapped, lr=LR) / hx.SGD(lr=0.0))
+    other = wrapped(plain.model.parameters(), lr=LR)
+    with float64_by_default():
+        for _ in zip(train(problem, opt, schedule(opt)), train(plain, other, schedule(other)), strict=True):
+            for p, q in zip(problem.model.parameters(), plain.model.parameters(), strict=True):
+                assert relative_error(p.detach(), q.detach()) <= 1e-9

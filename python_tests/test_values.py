@@ -150,3 +150,38 @@ def test_all_levels_are_printed():
 def test_whole_numbers_of_numpy():
     level = hx.Adam(horizon=np.int64(3), burn_in=np.int32(2))
     assert level.horizons() == (3.0, 0.0)
+
+
+def test_values_may_change_places():
+    """Each is a view of what the other one is written to."""
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    opt = hx.HyperOptimizer(
+        [{"params": [p], "lr": lr} for p, lr in zip(params, (0.1, 0.3), strict=True)],
+        hx.Adam(betas=(0.5, 0.9)) / hx.SGD(lr=0.0),
+    )
+    first, second = opt.param_groups
+    first["betas"] = first["betas"][::-1]
+    first["lr"], second["lr"] = second["lr"], first["lr"]
+    assert [opt.hyperparameters(i)[0]["lr"].item() for i in (0, 1)] == [0.3, 0.1]
+    assert [opt.hyperparameters()[0][name].item() for name in ("beta1", "beta2")] == [0.9, 0.5]
+    first["lr"], second["lr"] = second["lr"], first["lr"]
+    for p in params:
+        p.grad = torch.ones(2)
+    opt.step()
+    assert [group["lr"].item() for group in opt.param_groups] == [0.1, 0.3]
+    first["beta1"] = first["beta2"]  # and the other stays
+    opt.step()
+    assert [value.item() for value in first["betas"]] == [0.5, 0.5]
+
+
+def test_a_learned_eps_does_not_reach_0():
+    """Where nothing ever happened, the update would be 0 / 0."""
+    p = torch.nn.Parameter(torch.ones(2))
+    opt = hx.HyperOptimizer([p], hx.Adam(lr=1e-2, eps=1e-4, learn="eps", space={"eps": "linear"}) / hx.SGD(lr=1.0))
+    for _ in range(4):
+        p.grad = torch.tensor([1.0, 0.0])
+        opt.step()
+    assert opt.bounded_steps()[0]["eps"] > 0
+    assert 0 < opt.in_use()[0]["eps"] < 1e-12
+    assert p[0] < 1
+    assert p[1] == 1

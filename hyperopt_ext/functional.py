@@ -48,7 +48,7 @@ Args:
         at, which would mean to wait, and the update is none of the method's.)
     detach: parameters, gradients and state count as constants, as in the paper, and a backward reaches the
         hyperparameters alone. ``False``: the step is differentiable with respect to all that it reads, so that several
-        can be unrolled. A second derivative is an error in both cases. Default: True.
+        can be unrolled. What a backward gives cannot be differentiated again in both cases. Default: True.
 {structure}
 Returns:
     The new parameters, differentiable with respect to ``hyper``, and the new state, which is not, unless ``detach`` is

@@ -436,7 +436,9 @@ class HyperOptimizer(Optimizer):
             group["optimizer"] = optimizer
             for name in ("momentum", "betas"):  # where a scheduler that cycles them looks
                 if name in optimizer.param_groups[0]:
-                    group[name] = self.defaults[name] = optimizer.param_groups[0][name]
+                    group[name] = optimizer.param_groups[0][name]
+                    if self.stack[0].first_only:
+                        self.defaults[name] = group[name]
         if any(g.initial is not None for g in self._groups) and "lr" in stack[0].values():
             group["lr"] = group["initial_lr"] = stack[0].values()["lr"]  # a schedule of its own, as the others have
         group["tower"] = new_tower(stack, group["params"], device)

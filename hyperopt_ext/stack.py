@@ -72,7 +72,7 @@ class Level:
             log for eps and eps_root, linear for all others.
         bounds: for each name, ``(low, high)``, ends included, that a learned value is projected to; what its coordinate
             cannot reach is cut off, and a high of 1 keeps a beta 1e-9 below it. Default: its valid range, so that a
-            learning rate does not turn negative and a beta does not reach 1.
+            learning rate does not turn negative and a beta does not reach 1; an eps stays above 0.
         initial_state: for each state tensor of the rule, the number that it starts from. Default: 0.
         horizon: how many steps back a hypergradient looks, >= 1. With 1 it is that of the paper, which judges a step
             by the next gradient alone and so prefers step sizes that are too small (Wu et al., "Understanding
@@ -84,10 +84,11 @@ class Level:
         granularity: ``"group"``, one set of this level's hyperparameters for all that it moves, or ``"tensor"``, one
             for each parameter tensor, if the levels below have it, too. Default: ``"group"``.
         normalize: the level above gets the cosine between the gradient and the derivative of the update instead of
-            their product, a number in [-1, 1] that no scale enters (Baydin et al., ICLR 2018, multiplicative rule). The
-            level above that one is tuned by the exact product all the same, unless the level above has it, too. Where
-            a derivative is 0 but for rounding (of Adam's betas after the first update), so is its direction. Default:
-            False.
+            their product, a number in [-1, 1] that no scale enters (Baydin et al., ICLR 2018, multiplicative rule), as
+            long as the squares of gradients are numbers of their dtype. The level above that one is tuned by the exact
+            product all the same, unless the level above has it, too. Where a derivative is 0 but for rounding (of
+            Adam's betas after the first update), the cosine is that of the rounding, of any size: learn lr alone.
+            Default: False.
         clip: the norm to which the hypergradient of this level is clipped, > 0 (Pascanu et al., ICML 2013), as the
             level above sees it. Default: None, no clipping.
         growth: the factor, > 1, by which a learned lr grows at most in one step (as in D-Adaptation: Defazio &

@@ -132,6 +132,18 @@ def test_unscale_clip_step(stack):
     assert values(opt) == values(expected)
 
 
+def test_what_has_no_gradient_skips_nothing():
+    for level, in_one_group in ((hx.SGD(lr=0.1), False), (hx.SGD(lr=0.1, granularity="tensor"), True)):
+        params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+        groups = [{"params": params}] if in_one_group else [{"params": [p]} for p in params]
+        opt = hx.HyperOptimizer(groups, level / hx.SGD(lr=0.0))
+        scaler = torch.amp.GradScaler("cpu")
+        scaler.scale((params[0] * float("inf")).sum()).backward()
+        scaler.step(opt)
+        skipped = [opt.skipped_steps(i).reshape(-1) for i in range(len(groups))]
+        assert torch.cat(skipped).tolist() == [1, 0]
+
+
 def test_a_disabled_scaler():
     scaled, plain = Regression(3), Regression(3)
     opt, expected = (hx.HyperOptimizer(p.model.parameters(), LEARNING["adam"]) for p in (scaled, plain))

@@ -325,6 +325,19 @@ def test_an_error_names_the_parameter(compiled):
         step()
 
 
+def test_a_state_that_cannot_be_written_to_changes_nothing():
+    """It would be noticed when a copy of it goes back, after the parameters have moved."""
+    problem = Regression(3)
+    opt = hx.HyperOptimizer(problem.model.parameters(), hx.Adam() / hx.SGD())
+    problem.train(opt, range(2))
+    weight = problem.model[0].weight
+    opt.state[weight]["exp_avg_sq"] = torch.zeros(1, dtype=torch.float64).expand(weight.shape)  # the second slot
+    before = snapshot(problem, opt)
+    with pytest.raises(ValueError, match=r"state\[4\] holds several .*belongs to parameter 0 of its group, of shape"):
+        problem.train(opt, range(2, 3))
+    assert_unchanged(before, problem, opt)
+
+
 @pytest.mark.parametrize("stack", [hx.Adam() / hx.SGD(), hx.SGD()], ids=str)
 def test_a_parameter_that_overlaps_itself_changes_nothing(stack):
     first, other, second = (P(t) for t in (torch.zeros(3), torch.zeros(2), torch.ones(3).expand(4, 3)))

@@ -100,6 +100,21 @@ def param(*shape, **kw):
             "hx.HyperOptimizer.model.parameters.., stack. stands in its place",
         ),
         (lambda: hx.Adam(learn="betas"), ValueError, "this level has .*beta1.*betas go by their names"),
+        *(
+            (
+                lambda name=name, space=space: hx.SGD(**{"lr": 0.1, name: 0.0}, learn=name, space={name: space}),
+                ValueError,
+                f"{name} = 0 cannot be left in the coordinate '{space}'",
+            )
+            for name, space in [("lr", "softplus"), ("lr", "square"), ("momentum", "tanh"), ("lr", "multiplicative")]
+        ),
+        (lambda: hx.HyperOptimizer(torch.nn.Linear(1, 1), hx.Adam()), TypeError, "write model.parameters"),
+        (lambda: hx.auto(torch.nn.Linear(1, 1)), TypeError, "params are those of the Linear: write model.parameters"),
+        (
+            lambda: hx.HyperOptimizer([param()], hx.Adam()).export(params=torch.nn.Linear(1, 1)),
+            TypeError,
+            "write model.parameters",
+        ),
         (lambda: hx.HyperOptimizer([param()], hx.Adam), TypeError, "Adam is a class: write it with parentheses"),
         (lambda: hx.HyperOptimizer(hx.Adam(), [param()]), TypeError, "in the wrong order"),
         (

@@ -64,6 +64,8 @@ def test_nothing_happens_where_there_is_nothing_to_learn(base):
 def test_bounds_hold_for_the_first_lr():
     opt = hx.auto([torch.nn.Parameter(torch.ones(2))], "AdamW", bounds={"lr": (1e-5, 1e-2)})
     assert opt.param_groups[0]["lr"] == 1e-2
+    opt = hx.auto([torch.nn.Parameter(torch.ones(2))], bounds={"lr": (1e-5, float("inf"))})
+    assert opt.param_groups[0]["lr"] == 1e20
 
 
 def test_the_first_step_sets_lr():

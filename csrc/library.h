@@ -25,6 +25,8 @@ const Library& library() {
 
 }  // namespace hyperopt_ext
 
-extern "C" __attribute__((visibility("default"))) const void* hyperopt_ext_library() {
+#define HX_EXPORT __attribute__((visibility("default")))
+
+extern "C" HX_EXPORT const void* hyperopt_ext_library() {
   return &hyperopt_ext::library();
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TypeVar, overload
@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hyperopt_ext import _C, distributed
 from hyperopt_ext.export import export
-from hyperopt_ext.stack import RULES, Level, Stack, is_number
+from hyperopt_ext.stack import RULES, Level, Stack
+from hyperopt_ext.state_dict import check_mapping, check_state_dict
 from hyperopt_ext.update import (
     Group,
     Update,
@@ -49,11 +50,6 @@ _OWN = ("stack", "tower", "optimizer")
 _GROUP_KEYS = {"params", "param_names", "stack", "maximize", "nonfinite", "initial_lr"}
 _SWITCHES = ("amsgrad", "decoupled_weight_decay", "nesterov", "centered")
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-
-def check_mapping(state_dict: object) -> None:
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(f"state_dict must be what state_dict() gave, not {type(state_dict).__name__}")
 
 
 def _warn(text: str) -> None:
@@ -570,13 +566,14 @@ class HyperOptimizer(Optimizer):
             TypeError: it is no dict, or one of its hyperparameters is no number. Nothing is changed then.
         """
         check_mapping(state_dict)
+        self._adopt_groups()
         own = [{name: group[name] for name in _OWN if name in group} for group in self.param_groups]
         started = any(is_state(state) for state in self.state.values())
         schedules = [None if started or g.initial is None else (g.entries["lr"], g.initial) for g in self._groups]
         loaded: dict[str, Any] = {}
 
         def check(_: Optimizer, incoming: dict[str, Any]) -> None:
-            self._check_state_dict(incoming, [group["params"] for group in self.param_groups])
+            check_state_dict(incoming, self._groups, [group["params"] for group in self.param_groups])
             self._load_wrapped(incoming["param_groups"])
             loaded.update(incoming)
 
@@ -631,75 +628,6 @@ class HyperOptimizer(Optimizer):
                     like = value if name in ("step", "tick") else p
                     state = torch.empty_like(like, dtype=state_dtype(p, name), device=p.device, requires_grad=False)
                     self.state[p][name] = state.copy_(value)
-
-    def _check_state_dict(self, state_dict: dict[str, Any], params: list[list[Tensor]]) -> None:
-        """Whether this optimizer can go on from it; ``params``, by group: with ZeRO, those of all processes."""
-        saved_groups = state_dict.get("param_groups", [])
-        if len(saved_groups) != len(self.param_groups):
-            raise ValueError(
-                f"state_dict has {len(saved_groups)} param groups, but this optimizer has {len(self.param_groups)}"
-            )
-        if "state" not in state_dict:
-            raise ValueError("state_dict has no 'state': it is a part of what state_dict() gave")
-        for i, (saved, own) in enumerate(zip(saved_groups, params, strict=True)):
-            self._check_group(i, saved, own, state_dict["state"])
-
-    def _check_group(self, i: int, saved: dict[str, Any], params: list[Tensor], state: Mapping[Any, Any]) -> None:
-        group, attached = self.param_groups[i], self._groups[i]
-        ours = group["stack"].structure()
-        if "stack" not in saved:
-            raise ValueError("state_dict is not that of a HyperOptimizer: its param groups name no stack")
-        for name in ("params", "maximize", "nonfinite"):
-            if name not in saved:
-                raise ValueError(f"state_dict: param group {i} has no {name!r}, which state_dict() gave it")
-        if saved["stack"] != ours:
-            raise ValueError(
-                f"state_dict: param group {i} is of the stack {saved['stack']!r}, but this optimizer's is {ours!r} "
-                "(traced: with a horizon of more than one step)"
-            )
-        if len(saved["params"]) != len(params):
-            raise ValueError(
-                f"state_dict: param group {i} has {len(saved['params'])} parameters, but this optimizer's has "
-                f"{len(params)}"
-            )
-        shape, expected = getattr(saved.get("tower"), "shape", None), group["tower"].shape
-        if shape != expected:
-            found = "no tower" if shape is None else f"a tower of the shape {tuple(shape)}"
-            raise ValueError(f"state_dict: param group {i} has {found}, but this optimizer needs {tuple(expected)}")
-        attached.edited(saved)
-        check_policy(saved["nonfinite"])
-        initial = saved.get("initial_lr", 1.0)
-        if not is_number(initial) and not (isinstance(initial, Tensor) and initial.numel() == 1):
-            raise ValueError(f"state_dict: initial_lr of param group {i} must be a number, not {initial!r}")
-        if attached.scales_lr() and not bool(initial > 0):
-            raise ValueError(f"state_dict: initial_lr of param group {i} must be greater than 0, not {float(initial)}")
-        inner = saved.get("optimizer")
-        if "optimizer" in group and not (isinstance(inner, Mapping) and {"state", "param_groups"} <= inner.keys()):
-            raise ValueError(f"state_dict: param group {i} has no state dict of its {group['stack'][0]}")
-        for j, (key, p) in enumerate(zip(saved["params"], params, strict=True)):
-            self._check_param_state(f"parameter {j} of group {i}", state.get(key, {}), p, attached.state_names())
-
-    @staticmethod
-    def _check_param_state(of: str, state: Any, p: Tensor, names: list[str]) -> None:
-        if not isinstance(state, Mapping):
-            raise ValueError(f"state_dict: the state of {of} must be a dict of tensors")
-        if not any(name in state for name in names):  # there may be entries of others
-            return
-        for name in names:
-            value = state.get(name)
-            if not isinstance(value, Tensor):
-                raise ValueError(
-                    f"state_dict: the state of {of} must have a tensor {name!r}, as {', '.join(names)}; it holds "
-                    f"{', '.join(state)}"
-                )
-            shape = () if name in ("step", "tick") else p.shape
-            if value.shape != shape:
-                raise ValueError(
-                    f"state_dict: {name} of {of} has the shape {tuple(value.shape)}, but the parameter needs "
-                    f"{tuple(shape)}"
-                )
-            if name not in ("step", "tick"):
-                distributed.check_layout(f"state_dict: {name} of {of}", value, p)
 
     def __repr__(self) -> str:
         lines = [f"HyperOptimizer({self.stack}"]

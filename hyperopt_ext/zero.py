@@ -10,8 +10,9 @@ import torch.distributed as dist
 import torch.distributed.optim
 from torch import Tensor
 
-from hyperopt_ext.optimizer import HyperOptimizer, check_mapping
+from hyperopt_ext.optimizer import HyperOptimizer
 from hyperopt_ext.stack import Level, Stack
+from hyperopt_ext.state_dict import check_mapping, check_state_dict
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -119,7 +120,8 @@ class ZeroRedundancyOptimizer(torch.distributed.optim.ZeroRedundancyOptimizer):
         """
         check_mapping(state_dict)
         groups, saved = self.param_groups, state_dict.get("param_groups", [])
-        self.optim._check_state_dict(state_dict, [group["params"] for group in groups])  # what others take, too
+        inner = self.optim._groups
+        check_state_dict(state_dict, inner, [group["params"] for group in groups])  # what others take, too
         key_of = {
             p: key
             for ours, theirs in zip(groups, saved, strict=True)

@@ -81,6 +81,19 @@ def test_a_group_that_was_taken_out_is_not_trained():
     assert [torch.equal(p, q) for p, q in zip(params, before, strict=True)] == [False, True, False]
 
 
+def test_without_a_group_it_loads_what_was_saved_without_it():
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    opt, other = (
+        hx.HyperOptimizer([{"params": [params[0]], "stack": STACK}, {"params": [params[1]]}], SGD) for _ in range(2)
+    )
+    del other.param_groups[0]
+    other.param_groups[0]["lr"] = 0.25
+    state_dict = other.state_dict()
+    del opt.param_groups[0]
+    opt.load_state_dict(state_dict)  # before any step
+    assert opt.hyperparameters()[0]["lr"] == 0.25
+
+
 @pytest.mark.parametrize("change", [lambda params, p: params.append(p), lambda params, p: [*params, p]])
 def test_a_tensor_too_many_for_towers_of_their_own(change):
     p, q = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))

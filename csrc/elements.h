@@ -2,52 +2,37 @@
 // cpu/kernels.h and the threads of cuda/kernels.h have in common.
 #pragma once
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
 #include "rule.h"
 
 namespace hyperopt_ext {
 namespace {  // functions with target_clones, which inline these, need internal linkage
 
-// Arithmetic and state of half-precision parameters are fp32.
-template <class T>
-using Arithmetic = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-// The elements of a slice, typed. G: the type behind last_grad.
-template <class R, class T, class G = Arithmetic<T>>
+// The elements of a slice, typed: all in the arithmetic type.
+template <class R, class Arithmetic>
 struct Elements {
-  using A = Arithmetic<T>;
+  using A = Arithmetic;
   static constexpr auto kStates = std::make_index_sequence<R::state.size()>{};
-  T* w;
-  const T* g;
+  A* w;
+  const A* g;
   A* s[kMaxStates];
-  G* last_g;
-  T* last_w;
+  A* last_g;
+  A* last_w;
   A scale;
 
   Elements() = default;
   HX_FN explicit Elements(const Slice& x)
-      : w(static_cast<T*>(x.param)),
-        g(static_cast<const T*>(x.grad)),
-        last_g(static_cast<G*>(x.last_grad)),
-        last_w(static_cast<T*>(x.last_param)),
+      : w(static_cast<A*>(x.param)),
+        g(static_cast<const A*>(x.grad)),
+        last_g(static_cast<A*>(x.last_grad)),
+        last_w(static_cast<A*>(x.last_param)),
         scale(A(x.scale)) {
     for (int k = 0; k < kMaxStates; ++k) s[k] = static_cast<A*>(x.state[k]);
   }
 
-  HX_FN auto param(std::int64_t i) const { return constant(A(w[i])); }
-  HX_FN auto grad(std::int64_t i) const { return constant(scale * A(g[i])); }
-  HX_FN auto last_param(std::int64_t i) const { return constant(A(last_w[i])); }
-  HX_FN auto last_grad(std::int64_t i) const { return constant(A(last_g[i])); }
-  HX_FN void set_param(std::int64_t i, A value) const { w[i] = T(value); }
-  // To the bit, and not as a struct: see Dual.
-  HX_FN void keep_param(std::int64_t i) const {
-    if constexpr (sizeof(T) == 2)
-      last_w[i].x = w[i].x;
-    else
-      last_w[i] = w[i];
-  }
+  HX_FN auto param(std::int64_t i) const { return constant(w[i]); }
+  HX_FN auto grad(std::int64_t i) const { return constant(scale * g[i]); }
+  HX_FN auto last_param(std::int64_t i) const { return constant(last_w[i]); }
+  HX_FN auto last_grad(std::int64_t i) const { return constant(last_g[i]); }
   HX_FN auto state(std::int64_t i) const { return state(i, kStates); }
   HX_FN auto variable_state(std::int64_t i) const { return variable_state(i, kStates); }
   template <class State>
@@ -100,8 +85,8 @@ HX_FN void make_step(const P& p, const X& x, std::int64_t i, const Before& befor
   else
     x.set_state(i, after);
   if constexpr ((Keep & kGrad) != 0) x.last_g[i] = e.value;
-  if constexpr ((Keep & kParam) != 0) x.keep_param(i);
-  x.set_param(i, (w + change<R>(p, e, w, after)).value);
+  if constexpr ((Keep & kParam) != 0) x.last_w[i] = x.w[i];
+  x.w[i] = (w + change<R>(p, e, w, after)).value;
 }
 
 // The change that make_step() would make.
@@ -120,7 +105,7 @@ HX_FN auto make_traced_step(const P& p, const X& x, std::int64_t i) {
   const auto after = advance<R>(p, e, x.state(i));
   const auto delta = change<R>(p, e, w, after);
   x.set_state(i, after);
-  x.set_param(i, w.value + delta.value);
+  x.w[i] = w.value + delta.value;
   return delta;
 }
 

@@ -142,8 +142,7 @@ void* Chunks::elements(const at::Tensor& param, const at::Tensor& t, bool writte
   return copies_.back().data_ptr();
 }
 
-Slice Chunks::slice(const Item& item, std::int64_t k) const {
-  const std::int64_t begin = k * size_;
+Slice slice_of(const Item& item, std::int64_t begin, std::int64_t count) {
   const std::int64_t values = begin * param_bytes(item.type), wide = begin * arithmetic_bytes(item.type);
   Slice slice = item.slice;
   slice.param = shift(slice.param, values);
@@ -154,7 +153,7 @@ Slice Chunks::slice(const Item& item, std::int64_t k) const {
   for (void*& trace : slice.trace) trace = shift(trace, wide);
   for (void*& grad : slice.grad_state) grad = shift(grad, wide);
   for (void*& grad : slice.grad_input) grad = shift(grad, wide);
-  slice.count = std::min(size_, slice.count - begin);
+  slice.count = count;
   return slice;
 }
 

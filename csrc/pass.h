@@ -21,7 +21,7 @@ inline std::int64_t param_bytes(ScalarType type) {
   return type == kDouble ? 8 : type == kFloat ? 4 : 2;
 }
 inline std::int64_t arithmetic_bytes(ScalarType type) {
-  return type == kDouble ? 8 : 4;
+  return param_bytes(arithmetic(type));
 }
 
 // What one pass works on; every list is in the order of `params`.
@@ -108,6 +108,9 @@ struct Item {
   std::int64_t row;
 };
 
+// `count` of them.
+Slice slice_of(const Item& item, std::int64_t begin, std::int64_t count);
+
 // A list of tensors that are worked on in chunks of at most `size` elements.
 class Chunks {
  public:
@@ -125,8 +128,6 @@ class Chunks {
   std::int64_t count(const Item& item) const {
     return std::max<std::int64_t>(1, (item.slice.count + size_ - 1) / size_);
   }
-  // The elements of the k-th of them.
-  Slice slice(const Item& item, std::int64_t k) const;
 
   void finish() {
     for (auto& [tensor, copy] : write_back_) tensor.copy_(copy);

@@ -241,8 +241,9 @@ HX_FN T next_trace(T keep, T trace, T tangent) {
   return is_finite(next) ? next : T(0);
 }
 
-// A run of elements of one tensor, as a kernel sees it. Parameters, gradients and last_param have the parameter's
-// dtype; state, last_grad and traces its arithmetic type (fp32 for half precision).
+// A run of elements of one tensor. Parameters, gradients and last_param have the parameter's dtype; state, last_grad and
+// traces its arithmetic type (fp32 for half precision). What a CPU kernel is given is all in the latter: see Staged in
+// cpu/passes.cpp.
 struct Slice {
   void* param;
   void* grad;  // dL/dw, to be multiplied by `scale`; only read
@@ -260,9 +261,15 @@ struct Slice {
   double keep;  // what a trace is multiplied by at each step
 };
 
-enum ScalarType : int { kFloat, kDouble, kHalf, kBFloat16, kScalarTypes };
+enum ScalarType : int { kFloat, kDouble, kHalf, kBFloat16 };
+constexpr int kArithmeticTypes = 2;  // the first ones
 
-// The kernels of a rule for one element type. `prepare` runs once a step and fills kPreparedBytes. `sums` are added to.
+// The type in which parameters of a type are updated, which is that of their state.
+constexpr ScalarType arithmetic(ScalarType type) {
+  return type == kDouble ? kDouble : kFloat;
+}
+
+// The kernels of a rule for one arithmetic type. `prepare` runs once a step and fills kPreparedBytes. `sums` are added to.
 using PrepareKernel = void (*)(const double* hyper, double step, void* prepared);
 using SumKernel = void (*)(const Slice&, const void* prepared, double* sums);
 
@@ -289,7 +296,9 @@ struct LearnedKernels {
 struct LearnedSet {
   Mask mask;
   unsigned record;  // Record bits
-  LearnedKernels cpu[kScalarTypes];
+  LearnedKernels cpu[kArithmeticTypes];
+
+  const LearnedKernels& on_cpu(ScalarType type) const { return cpu[arithmetic(type)]; }
 };
 
 // One step of a rule on the coordinates begin to end - 1 of the n that a level moves, and its derivatives:
@@ -302,9 +311,11 @@ struct Rule {
   std::vector<Hyperparameter> hypers;
   std::vector<const char*> state;
   std::vector<LearnedSet> sets;  // smallest first, from none to all hyperparameters
-  StepKernels cpu[kScalarTypes];
+  StepKernels cpu[kArithmeticTypes];
   LevelKernel level;
   int lr;  // the index of the hyperparameter of that name; -1: there is none
+
+  const StepKernels& on_cpu(ScalarType type) const { return cpu[arithmetic(type)]; }
 
   // The smallest compiled set that holds all of `learn`.
   const LearnedSet& set_for(Mask learn) const {

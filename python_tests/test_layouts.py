@@ -45,6 +45,20 @@ def test_half_precision_is_fp32_arithmetic_on_rounded_parameters(case, dtype, ho
     checks.half_precision_is_fp32_arithmetic_on_rounded_parameters(case, dtype, horizon)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lr", [0.0, 1.0, 3.0, 1e9])
+def test_half_precision_rounds_as_torch_does(dtype, lr):
+    """Every finite number of the dtype, moved by ties and by what is near one, by what overflows and by nothing."""
+    w = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    w = w[w.isfinite()]
+    for grad in (0.0, 2.0**-11, -(2.0**-11), 2.0**-24, 3.0 * 2.0**-25, 16.0, -65504.0, torch.inf, torch.nan):
+        p = torch.nn.Parameter(w.clone())
+        p.grad = torch.full_like(p, grad)
+        expected = (w.float() - lr * p.grad.float()).to(dtype)
+        hx.HyperOptimizer([p], hx.SGD(lr=lr)).step()
+        torch.testing.assert_close(p.detach(), expected, rtol=0, atol=0, equal_nan=True)
+
+
 @every_rule
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_what_is_kept_of_a_parameter_is_exact(case, dtype):

@@ -1,7 +1,7 @@
 // The CPU kernels of a rule: one pass over a run of elements, for the update and for the hypergradient.
 //
 // The loops are plain; the compiler vectorises them, once for each instruction set in HX_CLONES, and the loader picks
-// the best one for the machine. What that needs: duals in registers (dual.h), a by-value copy of the prepared values, a
+// the best one for the machine. A is the arithmetic type, of all elements. What that needs: duals in registers (dual.h), a by-value copy of the prepared values, a
 // promise that the tensors do not overlap (HX_INDEPENDENT), and -fassociative-math for the sums.
 #pragma once
 
@@ -31,19 +31,19 @@ constexpr std::int64_t kSumBlock = 1024;
 // Elements whose derivatives are kept, in the first cache, before they are added to the traces.
 constexpr std::int64_t kTraceBlock = 256;
 
-template <class R, class T, Mask S>
+template <class R, class A, Mask S>
 void prepare(const double* hyper, double step, void* out) {
-  using P = Prepared<R, Arithmetic<T>, S>;
+  using P = Prepared<R, A, S>;
   static_assert(sizeof(P) <= kPreparedBytes, "prepare() returns more values than a kernel can take");
-  new (out) P(to<Arithmetic<T>>(R::prepare(Hypers<S>{hyper}, step)));
+  new (out) P(to<A>(R::prepare(Hypers<S>{hyper}, step)));
 }
 
 // One step. With kDeferred the stored state is that before the last step (if there was one: last_prepared != null): it
 // is brought up to date first, and this step's advance is left to the next call.
-template <class R, class T, unsigned Keep>
+template <class R, class A, unsigned Keep>
 HX_CLONES void update(const Slice& slice, const void* prepared, const void* last_prepared) {
-  using P = Prepared<R, Arithmetic<T>, 0>;
-  const Elements<R, T> x(slice);
+  using P = Prepared<R, A, 0>;
+  const Elements<R, A> x(slice);
   const P p = *static_cast<const P*>(prepared);
   if ((Keep & kDeferred) != 0 && last_prepared != nullptr) {
     const P last = *static_cast<const P*>(last_prepared);
@@ -57,11 +57,10 @@ HX_CLONES void update(const Slice& slice, const void* prepared, const void* last
 }
 
 // sums[0] += sum_i (w_new_i - w_i)^2 and sums[1] += sum_i w_i^2, for the step that update() would make.
-template <class R, class T, bool Deferred>
+template <class R, class A, bool Deferred>
 HX_CLONES void norms(const Slice& slice, const void* prepared, const void* last_prepared, double* sums) {
-  using A = Arithmetic<T>;
   using P = Prepared<R, A, 0>;
-  const Elements<R, T> x(slice);
+  const Elements<R, A> x(slice);
   const P p = *static_cast<const P*>(prepared);
   const bool advanced = Deferred && last_prepared != nullptr;
   const P last = *static_cast<const P*>(advanced ? last_prepared : prepared);
@@ -86,11 +85,10 @@ HX_CLONES void norms(const Slice& slice, const void* prepared, const void* last_
 }
 
 // One step that also adds its derivatives to the traces: z <- keep z + d w_new / d h. There is no record then.
-template <class R, class T, Mask S>
+template <class R, class A, Mask S>
 HX_CLONES void traced_update(const Slice& slice, const void* prepared) {
-  using A = Arithmetic<T>;
   using P = Prepared<R, A, S>;
-  const Elements<R, T> x(slice);
+  const Elements<R, A> x(slice);
   const P p = *static_cast<const P*>(prepared);
   const A keep = A(slice.keep);
   A tangents[count(S)][kTraceBlock];
@@ -111,10 +109,10 @@ HX_CLONES void traced_update(const Slice& slice, const void* prepared) {
 }
 
 // Brings a deferred state up to date, for a parameter that sits out a step.
-template <class R, class T>
+template <class R, class A>
 HX_CLONES void settle(const Slice& slice, const void* last_prepared) {
-  using P = Prepared<R, Arithmetic<T>, 0>;
-  const Elements<R, T> x(slice);
+  using P = Prepared<R, A, 0>;
+  const Elements<R, A> x(slice);
   const P last = *static_cast<const P*>(last_prepared);
   HX_INDEPENDENT
   for (std::int64_t i = 0; i < slice.count; ++i) x.set_state(i, advance<R>(last, x.last_grad(i), x.state(i)));
@@ -122,14 +120,12 @@ HX_CLONES void settle(const Slice& slice, const void* last_prepared) {
 
 // sums[k] += sum_i G_i z_i for the k-th hyperparameter of S, where z_i = d w_new_i / dh for the w_new that the last
 // step made. After these, unless Given, sum_i z_i^2 for each of them (if Squares; they cost a quarter of the pass where it
-// is not bound by memory), and sum_i G_i^2. Given: as in last_change(); last_param and last_grad are of the parameter's
-// dtype then.
-template <class R, class T, Mask S, bool Given, bool Squares>
+// is not bound by memory), and sum_i G_i^2. Given: as in last_change().
+template <class R, class A, Mask S, bool Given, bool Squares>
 HX_CLONES void hypergradient(const Slice& slice, const void* prepared, double* sums) {
-  using A = Arithmetic<T>;
   using P = Prepared<R, A, S>;
   constexpr int n = count(S);
-  const Elements<R, T, std::conditional_t<Given, T, A>> x(slice);
+  const Elements<R, A> x(slice);
   const P p = *static_cast<const P*>(prepared);
   for (std::int64_t begin = 0; begin < slice.count; begin += kSumBlock) {
     const std::int64_t end = std::min(begin + kSumBlock, slice.count);
@@ -155,13 +151,12 @@ HX_CLONES void hypergradient(const Slice& slice, const void* prepared, double* s
 
 // The whole vector-Jacobian product of a step, from its inputs as they are Given to hypergradient() above: to w, the
 // gradient and the state before it in grad_input, and to each hyperparameter in `sums`.
-template <class R, class T>
+template <class R, class A>
 HX_CLONES void vjp(const Slice& slice, const void* prepared, double* sums) {
-  using A = Arithmetic<T>;
   constexpr Mask S = kAllHypers<R>;
   constexpr int states = int(R::state.size());
   using P = Prepared<R, A, S>;
-  const Elements<R, T, T> x(slice);
+  const Elements<R, A> x(slice);
   const P p = *static_cast<const P*>(prepared);
   const A* grad_state[kMaxStates];
   A* grad_input[2 + kMaxStates];

@@ -20,6 +20,43 @@ constexpr std::int64_t kChunk = 16384;
 // Elements for which a second thread is worth its start.
 constexpr std::int64_t kGrain = 32768;
 
+// Elements of half precision that are brought to fp32 at once: what kernels add up before they do in double.
+constexpr std::int64_t kStaged = 1024;
+
+// What has the parameter's dtype.
+enum Part : unsigned { kOfParam = 1, kOfLastParam = 2 };
+
+// A slice of a tensor of half precision, for a kernel: in fp32.
+class Staged {
+ public:
+  Staged(const Item& item, const Slice& slice) : half_(halves[item.type - kHalf]), from_(slice), slice_(slice) {
+    widen(slice_.param, param_);
+    widen(slice_.grad, grad_);
+    widen(slice_.last_param, last_param_);
+    if (item.last_grad_bytes == param_bytes(item.type)) widen(slice_.last_grad, last_grad_);
+  }
+  Staged(const Staged&) = delete;
+
+  const Slice& slice() const { return slice_; }
+
+  void store(unsigned parts) const {
+    if (parts & kOfParam) half_.narrow(param_, from_.count, from_.param);
+    if (parts & kOfLastParam) half_.narrow(last_param_, from_.count, from_.last_param);
+  }
+
+ private:
+  void widen(void*& start, float* to) const {
+    if (start == nullptr) return;
+    half_.widen(start, from_.count, to);
+    start = to;
+  }
+
+  const HalfKernels& half_;
+  const Slice from_;
+  Slice slice_;
+  alignas(64) float param_[kStaged], grad_[kStaged], last_param_[kStaged], last_grad_[kStaged];
+};
+
 // The prepared values of the steps of a tensor.
 struct Steps {
   const void* now = nullptr;
@@ -56,14 +93,24 @@ class Batch {
     steps_.push_back(steps);
   }
 
-  // kernel(type, steps, slice of the chunk, index of the chunk)
+  // kernel(arithmetic type, steps, slice, index of the chunk), for each chunk, or for parts of it. It writes to `parts`, and
+  // to whatever has the arithmetic type.
   template <class F>
-  void run(F&& kernel) const {
+  void run(unsigned parts, F&& kernel) const {
     const auto range = [&](std::int64_t first, std::int64_t last) {
       for (std::int64_t c = first; c < last; ++c) {
         const auto [i, k] = table_[std::size_t(c)];
         const Item& item = chunks_.items()[i];
-        if (item.slice.count != 0) kernel(item.type, steps_[i], chunks_.slice(item, k), std::size_t(c));
+        const std::int64_t begin = k * kChunk, end = std::min(begin + kChunk, item.slice.count);
+        if (item.type == arithmetic(item.type)) {
+          if (begin < end) kernel(item.type, steps_[i], slice_of(item, begin, end - begin), std::size_t(c));
+          continue;
+        }
+        for (std::int64_t part = begin; part < end; part += kStaged) {
+          const Staged staged(item, slice_of(item, part, std::min(kStaged, end - part)));
+          kernel(kFloat, steps_[i], staged.slice(), std::size_t(c));
+          staged.store(parts);
+        }
       }
     };
     const std::int64_t chunks = std::int64_t(size());
@@ -120,7 +167,7 @@ Item item_of(Batch& batch, const Rule& rule, const Pass& pass, std::size_t i, Wr
 const void* deferred(Batch& batch, const Rule& rule, const Pass& pass, const Row& row, std::size_t i, ScalarType type) {
   const std::int64_t step = counter(pass.steps[i]);
   const bool pending = (record_of(rule, pass) & kDeferred) && step > 0 && counter(pass.ticks[i]) == row.ticks() - 1;
-  return pending ? batch.prepared(rule.cpu[type].prepare, row.previous, double(step)) : nullptr;
+  return pending ? batch.prepared(rule.on_cpu(type).prepare, row.previous, double(step)) : nullptr;
 }
 
 at::Tensor hypergradient(const Rule& rule, const Pass& pass, bool norm, bool squares) {
@@ -139,11 +186,11 @@ at::Tensor hypergradient(const Rule& rule, const Pass& pass, bool norm, bool squ
     const bool recorded = step > 0 && double(counter(pass.ticks[i])) == row.ticks();
     Steps steps;
     if (!traced && pass.learn != 0 && recorded)
-      steps.now = batch.prepared(set.cpu[item.type].prepare_dual, row.used, double(step));
+      steps.now = batch.prepared(set.on_cpu(item.type).prepare_dual, row.used, double(step));
     batch.add(item, steps);
   }
   std::vector<double> partial(batch.size() * columns, 0.0);
-  batch.run([&](ScalarType type, const Steps& steps, const Slice& slice, std::size_t chunk) {
+  batch.run(0, [&](ScalarType type, const Steps& steps, const Slice& slice, std::size_t chunk) {
     double* const sums = partial.data() + chunk * columns;
     if (traced) {
       for (std::size_t k = 0; k < learned; ++k) {
@@ -152,7 +199,7 @@ at::Tensor hypergradient(const Rule& rule, const Pass& pass, bool norm, bool squ
         sums[k] = products[0], sums[learned + k] = products[1], sums[2 * learned] = products[2];
       }
     } else if (steps.now != nullptr) {
-      set.cpu[type].hypergradient[squares](slice, steps.now, sums);
+      set.on_cpu(type).hypergradient[squares](slice, steps.now, sums);
     } else {
       vectors[type].squared_norm(slice, sums + 2 * learned);
     }
@@ -190,13 +237,13 @@ at::Tensor norms(const Rule& rule, const Pass& pass) {
     if (rule.lr >= 0) unit[rule.lr] = 1.0;
     Steps steps;
     steps.last = deferred(batch, rule, pass, row, i, item.type);
-    steps.now = batch.prepared(rule.cpu[item.type].prepare, unit, double(counter(pass.steps[i]) + 1));
+    steps.now = batch.prepared(rule.on_cpu(item.type).prepare, unit, double(counter(pass.steps[i]) + 1));
     sums[3 * item.row + 2] += double(item.slice.count);
     batch.add(item, steps);
   }
   std::vector<double> partial(batch.size() * 2, 0.0);
-  batch.run([&](ScalarType type, const Steps& steps, const Slice& slice, std::size_t chunk) {
-    set.cpu[type].norms(slice, steps.now, steps.last, partial.data() + 2 * chunk);
+  batch.run(0, [&](ScalarType type, const Steps& steps, const Slice& slice, std::size_t chunk) {
+    set.on_cpu(type).norms(slice, steps.now, steps.last, partial.data() + 2 * chunk);
   });
   for (std::size_t chunk = 0; chunk < batch.size(); ++chunk)
     for (std::size_t k = 0; k < 2; ++k) sums[3 * batch.item_of(chunk).row + std::int64_t(k)] += partial[2 * chunk + k];
@@ -213,7 +260,7 @@ void step(const Rule& rule, const Pass& pass) {
     const Item item = item_of(batch, rule, pass, i, kWritesAll);
     Steps steps;
     steps.last = deferred(batch, rule, pass, row, i, item.type);
-    const PrepareKernel prepare = traced ? set.cpu[item.type].prepare_dual : rule.cpu[item.type].prepare;
+    const PrepareKernel prepare = traced ? set.on_cpu(item.type).prepare_dual : rule.on_cpu(item.type).prepare;
     steps.now = batch.prepared(prepare, row.used, double(counter(pass.steps[i]) + 1));
     batch.add(item, steps);
   }
@@ -223,11 +270,12 @@ void step(const Rule& rule, const Pass& pass) {
     ++counter(pass.steps[i]);
     counter(pass.ticks[i]) = std::int64_t(row.ticks());
   }
-  batch.run([&](ScalarType type, const Steps& steps, const Slice& slice, std::size_t) {
+  const unsigned written = kOfParam | (record_of(rule, pass) & kParam ? kOfLastParam : 0u);
+  batch.run(written, [&](ScalarType type, const Steps& steps, const Slice& slice, std::size_t) {
     if (traced)
-      set.cpu[type].traced_update(slice, steps.now);
+      set.on_cpu(type).traced_update(slice, steps.now);
     else
-      set.cpu[type].update(slice, steps.now, steps.last);
+      set.on_cpu(type).update(slice, steps.now, steps.last);
   });
   batch.finish();
 }
@@ -244,9 +292,9 @@ void settle(const Rule& rule, const Pass& pass) {
     if (is_traced(pass) || steps.last != nullptr) batch.add(item, steps);
     if (!is_traced(pass)) tick = -1;
   }
-  batch.run([&](ScalarType type, const Steps& steps, const Slice& slice, std::size_t) {
+  batch.run(0, [&](ScalarType type, const Steps& steps, const Slice& slice, std::size_t) {
     if (steps.last != nullptr)
-      rule.cpu[type].settle(slice, steps.last);
+      rule.on_cpu(type).settle(slice, steps.last);
     else
       vectors[type].decay(slice);
   });
@@ -267,18 +315,18 @@ void update(const Rule& rule, const Inputs& inputs, at::TensorList outputs) {
   for (std::size_t i = 0; i < inputs.params.size(); ++i) {
     const Item item = item_for(batch.chunks(), rule, inputs, outputs, i);
     Steps steps;
-    steps.now = batch.prepared(rule.cpu[item.type].prepare, inputs.hyper.const_data_ptr<double>(), step);
+    steps.now = batch.prepared(rule.on_cpu(item.type).prepare, inputs.hyper.const_data_ptr<double>(), step);
     batch.add(item, steps);
   }
   // The kernel works in place, on a copy of the inputs that has just come into the cache.
-  batch.run([&](ScalarType type, const Steps& steps, const Slice& slice, std::size_t) {
+  batch.run(kOfParam, [&](ScalarType type, const Steps& steps, const Slice& slice, std::size_t) {
     const auto copy = [&](void* to, const void* from, std::int64_t bytes) {
       std::memcpy(to, from, std::size_t(slice.count * bytes));
     };
     copy(slice.param, slice.last_param, param_bytes(type));
     for (std::size_t k = 0; k < rule.state.size(); ++k)
       copy(slice.state[k], slice.grad_state[k], arithmetic_bytes(type));
-    set.cpu[type].update(slice, steps.now, nullptr);
+    set.on_cpu(type).update(slice, steps.now, nullptr);
   });
   batch.finish();
 }
@@ -293,15 +341,15 @@ void differentiate(const Rule& rule, SumKernel StepKernels::* kernel, at::Tensor
   for (std::size_t i = 0; i < inputs.params.size(); ++i) {
     const Item item = item_for(batch.chunks(), rule, grad_params, grad_state, inputs, grad_inputs, i);
     Steps steps;
-    steps.now = batch.prepared(all.cpu[item.type].prepare_dual, inputs.hyper.const_data_ptr<double>(), step);
+    steps.now = batch.prepared(all.on_cpu(item.type).prepare_dual, inputs.hyper.const_data_ptr<double>(), step);
     batch.add(item, steps);
   }
   std::vector<double> partial(batch.size() * hypers, 0.0);
-  batch.run([&](ScalarType type, const Steps& steps, Slice slice, std::size_t chunk) {
+  batch.run(0, [&](ScalarType type, const Steps& steps, Slice slice, std::size_t chunk) {
     thread_local std::vector<double> unwanted(kChunk);
     for (void*& grad : slice.grad_input)
       if (grad == nullptr) grad = unwanted.data();
-    (rule.cpu[type].*kernel)(slice, steps.now, partial.data() + chunk * hypers);
+    (rule.on_cpu(type).*kernel)(slice, steps.now, partial.data() + chunk * hypers);
   });
   batch.finish();
   for (std::size_t chunk = 0; chunk < batch.size(); ++chunk)

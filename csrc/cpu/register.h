@@ -8,29 +8,26 @@
 namespace hyperopt_ext {
 namespace {
 
-template <class R, class T>
+template <class R, class A>
 constexpr StepKernels step_kernels() {
-  return {prepare<R, T, 0>, settle<R, T>, hypergradient<R, T, kAllHypers<R>, true, false>, vjp<R, T>};
+  return {prepare<R, A, 0>, settle<R, A>, hypergradient<R, A, kAllHypers<R>, true, false>, vjp<R, A>};
 }
 
-template <class R, class T, Mask S>
+template <class R, class A, Mask S>
 constexpr LearnedKernels learned_kernels() {
   if constexpr (S == 0)
-    return {update<R, T, kNothing>, norms<R, T, false>, nullptr, nullptr, {}};
+    return {update<R, A, kNothing>, norms<R, A, false>, nullptr, nullptr, {}};
   else
-    return {update<R, T, RecordOf<R, S>>,
-            norms<R, T, (RecordOf<R, S> & kDeferred) != 0>,
-            prepare<R, T, S>,
-            traced_update<R, T, S>,
-            {hypergradient<R, T, S, false, false>, hypergradient<R, T, S, false, true>}};
+    return {update<R, A, RecordOf<R, S>>,
+            norms<R, A, (RecordOf<R, S> & kDeferred) != 0>,
+            prepare<R, A, S>,
+            traced_update<R, A, S>,
+            {hypergradient<R, A, S, false, false>, hypergradient<R, A, S, false, true>}};
 }
 
 template <class R, Mask S>
 LearnedSet learned_set() {
-  return {S,
-          RecordOf<R, S>,
-          {learned_kernels<R, float, S>(), learned_kernels<R, double, S>(), learned_kernels<R, c10::Half, S>(),
-           learned_kernels<R, c10::BFloat16, S>()}};
+  return {S, RecordOf<R, S>, {learned_kernels<R, float, S>(), learned_kernels<R, double, S>()}};
 }
 
 template <class R>
@@ -45,8 +42,7 @@ Rule make_rule(std::index_sequence<I...>) {
           {R::hypers.begin(), R::hypers.end()},
           {R::state.begin(), R::state.end()},
           {learned_set<R, set_at<R>(I)>()...},
-          {step_kernels<R, float>(), step_kernels<R, double>(), step_kernels<R, c10::Half>(),
-           step_kernels<R, c10::BFloat16>()},
+          {step_kernels<R, float>(), step_kernels<R, double>()},
           level<R>,
           index_of<R>("lr")};
 }

@@ -14,6 +14,14 @@ struct VectorKernels {
   void (*decay)(const Slice&);
 };
 
-extern const VectorKernels vectors[kScalarTypes];
+extern const VectorKernels vectors[kArithmeticTypes];
+
+// Between a type of half precision and fp32.
+struct HalfKernels {
+  void (*widen)(const void* from, std::int64_t count, float* to);
+  void (*narrow)(const float* from, std::int64_t count, void* to);
+};
+
+extern const HalfKernels halves[2];  // kHalf, kBFloat16
 
 }  // namespace hyperopt_ext

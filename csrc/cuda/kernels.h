@@ -37,14 +37,20 @@ struct Tile {
     return x;
   }
 
+  // Brings the state up to date, where the last step left that to this one.
+  template <class P>
+  HX_FN void finish(const P& last, const Elements<R, A>& x) {
+    HX_UNROLL
+    for (int j = 0; j < kVector; ++j) x.set_state(j, advance<R>(last, x.last_grad(j), x.state(j)));
+  }
+
   // All at once where that is possible, so that all reads are under way before the first is waited for.
   template <unsigned Parts>
   HX_FN void load(const Entry& t, const Run& run) {
-    const bool at_once = run.whole && t.aligned(), grad_at_once = run.whole && t.grad_aligned();
-    if (at_once && grad_at_once)
-      load<Parts>(t, run, true, true);
+    if (run.whole && t.aligned() && t.grad_aligned())
+      load<Parts>(t, run, true);
     else
-      load<Parts>(t, run, at_once, grad_at_once);
+      load<Parts>(t, run, false);
   }
 
   template <unsigned Parts>
@@ -63,7 +69,7 @@ struct Tile {
 
  private:
   template <unsigned Parts>
-  HX_FN void load(const Entry& t, const Run& run, bool at_once, bool grad_at_once) {
+  HX_FN void load(const Entry& t, const Run& run, bool at_once) {
     using P = Pointer;
     if constexpr ((Parts & kOfS) != 0) HX_UNROLL
     for (int k = 0; k < kSlots; ++k) read<A>(t.pointer<const void>(P::kStates + k), run, at_once, s[k]);
@@ -71,7 +77,7 @@ struct Tile {
     with_type<A>(t.type(), [&](auto type) {
       using T = typename decltype(type)::type;
       if constexpr ((Parts & kOfW) != 0) read<T>(t.pointer<const void>(P::kParam), run, at_once, w);
-      if constexpr ((Parts & kOfG) != 0) read<T>(t.pointer<const void>(P::kGrad), run, grad_at_once, g);
+      if constexpr ((Parts & kOfG) != 0) read<T>(t.pointer<const void>(P::kGrad), run, at_once, g);
       if constexpr ((Parts & kOfLastG) != 0 && Given)
         read<T>(t.pointer<const void>(P::kLastGrad), run, at_once, last_g);
       if constexpr ((Parts & kOfLastW) != 0) read<T>(t.pointer<const void>(P::kLastParam), run, at_once, last_w);
@@ -127,13 +133,9 @@ struct Update {
         const auto x = tile.elements(scale);
         tile.template load<kOfW | kOfG | kOfS>(chunk.entry, run);
         if (pending) tile.template load<parts_of(Keep & kGrad)>(chunk.entry, run);
+        if (pending) tile.finish(last, x);
         HX_UNROLL
-        for (int j = 0; j < kVector; ++j) {
-          if (pending)
-            make_step<R, Keep>(p, x, j, advance<R>(last, x.last_grad(j), x.state(j)));
-          else
-            make_step<R, Keep>(p, x, j, x.state(j));
-        }
+        for (int j = 0; j < kVector; ++j) make_step<R, Keep>(p, x, j, x.state(j));
         tile.template store<kOfW | kOfS | parts_of(Keep)>(chunk.entry, run);
       });
     });
@@ -182,12 +184,11 @@ struct Norms {
           const auto x = tile.elements(scale);
           tile.template load<kOfW | kOfG | kOfS>(chunk.entry, run);
           if (pending) tile.template load<kOfLastG>(chunk.entry, run);
+          if (pending) tile.finish(last, x);
           HX_UNROLL
           for (int j = 0; j < kVector; ++j) {
             if (j >= run.n) continue;
-            const A w = x.param(j).value;
-            const A delta = pending ? coming_change<R>(p, x, j, advance<R>(last, x.last_grad(j), x.state(j)))
-                                    : coming_change<R>(p, x, j, x.state(j));
+            const A w = x.param(j).value, delta = coming_change<R>(p, x, j, x.state(j));
             changes += delta * delta;
             params += w * w;
           }
@@ -277,8 +278,7 @@ struct Settle {
         Tile<R, A> tile;
         const auto x = tile.elements(1.0);
         tile.template load<kOfS | kOfLastG>(chunk.entry, run);
-        HX_UNROLL
-        for (int j = 0; j < kVector; ++j) x.set_state(j, advance<R>(last, x.last_grad(j), x.state(j)));
+        tile.finish(last, x);
         tile.template store<kOfS>(chunk.entry, run);
       });
     });

@@ -1,6 +1,9 @@
 // What a kernel of the passes or of the towers is given, and what its threads see of a tensor.
 #pragma once
 
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
 #include <cstdint>
 
 #include "../elements.h"

@@ -108,7 +108,7 @@ struct Item {
   std::int64_t row;
 };
 
-// `count` of them.
+// `count` of them, from the `begin`-th on.
 Slice slice_of(const Item& item, std::int64_t begin, std::int64_t count);
 
 // A list of tensors that are worked on in chunks of at most `size` elements.

@@ -1,8 +1,9 @@
 // The CPU kernels of a rule: one pass over a run of elements, for the update and for the hypergradient.
 //
-// The loops are plain; the compiler vectorises them, once for each instruction set in HX_CLONES, and the loader picks
-// the best one for the machine. A is the arithmetic type, of all elements. What that needs: duals in registers (dual.h), a by-value copy of the prepared values, a
-// promise that the tensors do not overlap (HX_INDEPENDENT), and -fassociative-math for the sums.
+// All elements are of the arithmetic type, A. The loops are plain; the compiler vectorises them, once for each instruction
+// set in HX_CLONES, and the loader picks the best one for the machine. What that needs: duals in registers (dual.h), a
+// by-value copy of the prepared values, a promise that the tensors do not overlap (HX_INDEPENDENT), and
+// -fassociative-math for the sums.
 #pragma once
 
 #include <algorithm>

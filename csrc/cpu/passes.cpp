@@ -26,22 +26,27 @@ constexpr std::int64_t kStaged = 1024;
 // What has the parameter's dtype.
 enum Part : unsigned { kOfParam = 1, kOfLastParam = 2 };
 
-// A slice of a tensor of half precision, for a kernel: in fp32.
+// A slice of a tensor of half precision, in fp32, for a kernel that writes to `parts`. None reads a last_param that it
+// writes to.
 class Staged {
  public:
-  Staged(const Item& item, const Slice& slice) : half_(halves[item.type - kHalf]), from_(slice), slice_(slice) {
+  Staged(const Item& item, const Slice& slice, unsigned parts)
+      : half_(halves[item.type - kHalf]), from_(slice), slice_(slice), parts_(parts) {
     widen(slice_.param, param_);
     widen(slice_.grad, grad_);
-    widen(slice_.last_param, last_param_);
+    if (parts & kOfLastParam)
+      slice_.last_param = last_param_;
+    else
+      widen(slice_.last_param, last_param_);
     if (item.last_grad_bytes == param_bytes(item.type)) widen(slice_.last_grad, last_grad_);
   }
   Staged(const Staged&) = delete;
 
   const Slice& slice() const { return slice_; }
 
-  void store(unsigned parts) const {
-    if (parts & kOfParam) half_.narrow(param_, from_.count, from_.param);
-    if (parts & kOfLastParam) half_.narrow(last_param_, from_.count, from_.last_param);
+  void store() const {
+    if (parts_ & kOfParam) half_.narrow(param_, from_.count, from_.param);
+    if (parts_ & kOfLastParam) half_.narrow(last_param_, from_.count, from_.last_param);
   }
 
  private:
@@ -54,6 +59,7 @@ class Staged {
   const HalfKernels& half_;
   const Slice from_;
   Slice slice_;
+  const unsigned parts_;
   alignas(64) float param_[kStaged], grad_[kStaged], last_param_[kStaged], last_grad_[kStaged];
 };
 
@@ -107,9 +113,9 @@ class Batch {
           continue;
         }
         for (std::int64_t part = begin; part < end; part += kStaged) {
-          const Staged staged(item, slice_of(item, part, std::min(kStaged, end - part)));
+          const Staged staged(item, slice_of(item, part, std::min(kStaged, end - part)), parts);
           kernel(kFloat, steps_[i], staged.slice(), std::size_t(c));
-          staged.store(parts);
+          staged.store();
         }
       }
     };

@@ -44,13 +44,15 @@ struct Tile {
     for (int j = 0; j < kVector; ++j) x.set_state(j, advance<R>(last, x.last_grad(j), x.state(j)));
   }
 
-  // All at once where that is possible, so that all reads are under way before the first is waited for.
+  // All at once where that is possible, so that all reads are under way before the first is waited for. A gradient that is
+  // not aligned (a view of one of DDP's buckets) is read one by one, the others at once all the same.
   template <unsigned Parts>
   HX_FN void load(const Entry& t, const Run& run) {
-    if (run.whole && t.aligned() && t.grad_aligned())
-      load<Parts>(t, run, true);
+    const bool at_once = run.whole && t.aligned();
+    if (at_once && t.grad_aligned())
+      load<Parts>(t, run, true, true);
     else
-      load<Parts>(t, run, false);
+      load<Parts>(t, run, at_once, false);
   }
 
   template <unsigned Parts>
@@ -69,7 +71,7 @@ struct Tile {
 
  private:
   template <unsigned Parts>
-  HX_FN void load(const Entry& t, const Run& run, bool at_once) {
+  HX_FN void load(const Entry& t, const Run& run, bool at_once, bool grad_at_once) {
     using P = Pointer;
     if constexpr ((Parts & kOfS) != 0) HX_UNROLL
     for (int k = 0; k < kSlots; ++k) read<A>(t.pointer<const void>(P::kStates + k), run, at_once, s[k]);
@@ -77,7 +79,7 @@ struct Tile {
     with_type<A>(t.type(), [&](auto type) {
       using T = typename decltype(type)::type;
       if constexpr ((Parts & kOfW) != 0) read<T>(t.pointer<const void>(P::kParam), run, at_once, w);
-      if constexpr ((Parts & kOfG) != 0) read<T>(t.pointer<const void>(P::kGrad), run, at_once, g);
+      if constexpr ((Parts & kOfG) != 0) read<T>(t.pointer<const void>(P::kGrad), run, grad_at_once, g);
       if constexpr ((Parts & kOfLastG) != 0 && Given)
         read<T>(t.pointer<const void>(P::kLastGrad), run, at_once, last_g);
       if constexpr ((Parts & kOfLastW) != 0) read<T>(t.pointer<const void>(P::kLastParam), run, at_once, last_w);

@@ -1,5 +1,5 @@
-// Registers the CUDA kernels of the rules included after this one. One translation unit a header, without any of torch's
-// headers (setup.py writes it).
+// Registers the CUDA kernels of the rules included after this one. One translation unit a header, without torch's
+// headers, but for the types of half precision (setup.py writes it).
 #pragma once
 
 #include "../contract.h"

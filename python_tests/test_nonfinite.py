@@ -46,6 +46,21 @@ def test_a_non_finite_first_gradient_is_skipped_too():
     assert values(opt) == values(expected)
 
 
+@every_learning_stack
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_one_non_finite_number_anywhere_is_enough(stack, dtype):
+    p = torch.nn.Parameter(torch.linspace(-1, 1, 20_000).to(dtype))
+    opt = hx.HyperOptimizer([p], stack)
+    for i, at in enumerate([0, 1023, 1024, 16_383, 16_384, 19_999]):
+        p.grad = torch.full_like(p, 1e-3)
+        opt.step()
+        before = p.detach().clone()
+        p.grad[at] = torch.nan
+        opt.step()
+        assert (opt.skipped_steps() == i + 1).all()
+        assert torch.equal(p, before)
+
+
 @pytest.mark.parametrize("stack", [hx.Adam(), hx.Adam(learn="lr") / hx.SGD(), hx.Adam() / hx.SGD()], ids=repr)
 def test_a_second_moment_that_overflows_is_as_harmless_as_in_torch(stack):
     params = [torch.nn.Parameter(torch.ones(5)) for _ in range(2)]

@@ -99,8 +99,8 @@ class Batch {
     steps_.push_back(steps);
   }
 
-  // kernel(arithmetic type, steps, slice, index of the chunk), for each chunk, or for parts of it. It writes to `parts`, and
-  // to whatever has the arithmetic type.
+  // kernel(arithmetic type, steps, slice, index of the chunk), for each chunk, or for one part of it after the other, so that
+  // sums are added to what is there. It writes to `parts`, and to whatever has the arithmetic type.
   template <class F>
   void run(unsigned parts, F&& kernel) const {
     const auto range = [&](std::int64_t first, std::int64_t last) {
@@ -202,7 +202,8 @@ at::Tensor hypergradient(const Rule& rule, const Pass& pass, bool norm, bool squ
       for (std::size_t k = 0; k < learned; ++k) {
         double products[3] = {};
         vectors[type].products(slice, direction(mask, int(k)), products);
-        sums[k] = products[0], sums[learned + k] = products[1], sums[2 * learned] = products[2];
+        sums[k] += products[0], sums[learned + k] += products[1];
+        if (k == 0) sums[2 * learned] += products[2];
       }
     } else if (steps.now != nullptr) {
       set.on_cpu(type).hypergradient[squares](slice, steps.now, sums);

@@ -521,7 +521,7 @@ def strides_do_not_show(case: Case, layout: str, grads: str, horizon: int) -> No
 
 
 def half_precision_is_fp32_arithmetic_on_rounded_parameters(case: Case, dtype: torch.dtype, horizon: int) -> None:
-    start = torch.randn(1000).to(dtype)
+    start = torch.randn(3000).to(dtype)  # more than is brought to fp32 at once
     p, q = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.float())
     opt, expected = (HyperOptimizer([t], stack_for(case, horizon=horizon)) for t in (p, q))
     for i in range(5):

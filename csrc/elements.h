@@ -29,9 +29,9 @@ struct Elements {
     for (int k = 0; k < kMaxStates; ++k) s[k] = static_cast<A*>(x.state[k]);
   }
 
-  HX_FN auto param(std::int64_t i) const { return constant(w[i]); }
+  HX_FN auto param(std::int64_t i) const { return decaying(w[i]); }
   HX_FN auto grad(std::int64_t i) const { return constant(scale * g[i]); }
-  HX_FN auto last_param(std::int64_t i) const { return constant(last_w[i]); }
+  HX_FN auto last_param(std::int64_t i) const { return decaying(last_w[i]); }
   HX_FN auto last_grad(std::int64_t i) const { return constant(last_g[i]); }
   HX_FN auto state(std::int64_t i) const { return state(i, kStates); }
   HX_FN auto variable_state(std::int64_t i) const { return variable_state(i, kStates); }
@@ -41,6 +41,9 @@ struct Elements {
   }
 
  private:
+  // A weight as the rules read it, which is for its decay: 0 if it is infinite, so that it stays what it is and none becomes
+  // NaN because of a decay of 0.
+  HX_FN static auto decaying(A weight) { return constant(is_finite(weight) ? weight : A(0)); }
   template <std::size_t... I>
   HX_FN auto state([[maybe_unused]] std::int64_t i, std::index_sequence<I...>) const {
     return pack(constant(s[I][i])...);
@@ -86,7 +89,7 @@ HX_FN void make_step(const P& p, const X& x, std::int64_t i, const Before& befor
     x.set_state(i, after);
   if constexpr ((Keep & kGrad) != 0) x.last_g[i] = e.value;
   if constexpr ((Keep & kParam) != 0) x.last_w[i] = x.w[i];
-  x.w[i] = (w + change<R>(p, e, w, after)).value;
+  x.w[i] += change<R>(p, e, w, after).value;
 }
 
 // The change that make_step() would make.
@@ -105,7 +108,7 @@ HX_FN auto make_traced_step(const P& p, const X& x, std::int64_t i) {
   const auto after = advance<R>(p, e, x.state(i));
   const auto delta = change<R>(p, e, w, after);
   x.set_state(i, after);
-  x.w[i] = w.value + delta.value;
+  x.w[i] += delta.value;
   return delta;
 }
 

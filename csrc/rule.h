@@ -227,6 +227,13 @@ HX_FN bool is_finite(T x) {
   return std::fabs(x) <= std::numeric_limits<T>::max();
 }
 
+// What an element that is not finite, or whose square is not, adds to a norm: nothing.
+template <class T>
+HX_FN T square_if_finite(T x) {
+  const T square = x * x;
+  return is_finite(square) ? square : T(0);
+}
+
 // What traces are multiplied by at the `step`-th step, for derivatives of the last `horizon` steps, or, if that is more,
 // of this part of all of them.
 HX_FN double keep_of(double horizon, double horizon_growth, double step) {

@@ -356,6 +356,7 @@ HX_FN void decide(const Team& team, const TowerView& tower, const Scratch& scrat
       head[kMoves] += moving ? 1.0 : 0.0;
       head[kSkipped] += skips ? 1.0 : 0.0;
       head[kHeld] += ticking && !finite ? 1.0 : 0.0;
+      head[kArrived] = 0.0;  // nothing, unless a pass broke off, or a copy was made in the middle of one
       if (row == 0) continue;
       for (int k = 0; k < tower.levels; ++k) {  // what the user wrote to a shared level stands in the first row
         if (!is_shared(tower, k)) continue;
@@ -416,12 +417,13 @@ HX_FN void cap(const TowerView& tower, std::int64_t row) {
   // Without this factor, the learned lr would grow until it cancels that of a warm-up.
   const double schedule = tower.header(row)[kScheduled], factor = std::fabs(schedule) < 1.0 ? std::fabs(schedule) : 1.0;
   const double most = level.settings[kTrust] * factor * (size < least ? least : size);
-  if (!(update > most)) return;
-  r.used[lr] *= most / update;
+  const bool known = is_finite(update) && is_finite(most);
+  if (known && update <= most) return;
+  r.used[lr] *= known ? most / update : 0.0;
   r.bounded[lr] += 1.0;
   const double allowed = r.used[lr] / schedule;
-  // An update whose norm overflows is not made, and says nothing about the lr to learn.
-  if (!is_finite(update) || !level.learns(lr) || std::fabs(r.live[lr]) <= std::fabs(allowed)) return;
+  // An update that cannot be measured is not made, and says nothing about the lr to learn.
+  if (!known || !level.learns(lr) || std::fabs(r.live[lr]) <= std::fabs(allowed)) return;
   r.live[lr] = r.seen[lr] = allowed;
   r.x[lr] = coordinate_of(level.space(lr), allowed);
 }

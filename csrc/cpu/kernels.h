@@ -57,7 +57,7 @@ HX_CLONES void update(const Slice& slice, const void* prepared, const void* last
   }
 }
 
-// sums[0] += sum_i (w_new_i - w_i)^2 and sums[1] += sum_i w_i^2, for the step that update() would make.
+// sums[0] += sum_i (w_new_i - w_i)^2 and sums[1] += sum_i w_i^2 (where that is finite), for the step that update() would make.
 template <class R, class A, bool Deferred>
 HX_CLONES void norms(const Slice& slice, const void* prepared, const void* last_prepared, double* sums) {
   using P = Prepared<R, A, 0>;
@@ -69,9 +69,9 @@ HX_CLONES void norms(const Slice& slice, const void* prepared, const void* last_
     const std::int64_t end = std::min(begin + kSumBlock, slice.count);
     A changes = A(0), params = A(0);
     const auto add = [&](std::int64_t i, const auto& before) HX_LAMBDA {
-      const A delta = coming_change<R>(p, x, i, before), w = x.param(i).value;
+      const A delta = coming_change<R>(p, x, i, before);
       changes += delta * delta;
-      params += w * w;
+      params += square_if_finite(x.w[i]);
     };
     if (advanced) {
       HX_INDEPENDENT

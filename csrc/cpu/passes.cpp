@@ -23,8 +23,8 @@ constexpr std::int64_t kGrain = 32768;
 // Elements of half precision that are brought to fp32 at once: what kernels add up before they do in double.
 constexpr std::int64_t kStaged = 1024;
 
-// What has the parameter's dtype.
-enum Part : unsigned { kOfParam = 1, kOfLastParam = 2 };
+// What a kernel writes that has the parameter's dtype.
+enum Halves : unsigned { kWritesParam = 1, kWritesLastParam = 2 };
 
 // A slice of a tensor of half precision, in fp32, for a kernel that writes to `parts`. None reads a last_param that it
 // writes to.
@@ -34,7 +34,7 @@ class Staged {
       : half_(halves[item.type - kHalf]), from_(slice), slice_(slice), parts_(parts) {
     widen(slice_.param, param_);
     widen(slice_.grad, grad_);
-    if (parts & kOfLastParam)
+    if (parts & kWritesLastParam)
       slice_.last_param = last_param_;
     else
       widen(slice_.last_param, last_param_);
@@ -45,8 +45,8 @@ class Staged {
   const Slice& slice() const { return slice_; }
 
   void store() const {
-    if (parts_ & kOfParam) half_.narrow(param_, from_.count, from_.param);
-    if (parts_ & kOfLastParam) half_.narrow(last_param_, from_.count, from_.last_param);
+    if (parts_ & kWritesParam) half_.narrow(param_, from_.count, from_.param);
+    if (parts_ & kWritesLastParam) half_.narrow(last_param_, from_.count, from_.last_param);
   }
 
  private:
@@ -277,7 +277,7 @@ void step(const Rule& rule, const Pass& pass) {
     ++counter(pass.steps[i]);
     counter(pass.ticks[i]) = std::int64_t(row.ticks());
   }
-  const unsigned written = kOfParam | (record_of(rule, pass) & kParam ? kOfLastParam : 0u);
+  const unsigned written = kWritesParam | (record_of(rule, pass) & kParam ? kWritesLastParam : 0u);
   batch.run(written, [&](ScalarType type, const Steps& steps, const Slice& slice, std::size_t) {
     if (traced)
       set.on_cpu(type).traced_update(slice, steps.now);
@@ -326,7 +326,7 @@ void update(const Rule& rule, const Inputs& inputs, at::TensorList outputs) {
     batch.add(item, steps);
   }
   // The kernel works in place, on a copy of the inputs that has just come into the cache.
-  batch.run(kOfParam, [&](ScalarType type, const Steps& steps, const Slice& slice, std::size_t) {
+  batch.run(kWritesParam, [&](ScalarType type, const Steps& steps, const Slice& slice, std::size_t) {
     const auto copy = [&](void* to, const void* from, std::int64_t bytes) {
       std::memcpy(to, from, std::size_t(slice.count * bytes));
     };

@@ -6,9 +6,9 @@
 //   Shared                                      what they share
 //   block(arguments, block, shared, team)       what a block does, in phases: team.each(f) calls f(thread) for each of its
 //                                               threads, and all are through before it returns to any of them;
-//                                               team.is_last(arrived, blocks), called by one thread, is true for the
-//                                               last of so many blocks that ask: what the others did before they asked
-//                                               is done
+//                                               team.arrive(arrived, blocks), called by one thread of each of so many
+//                                               blocks, is a ticket, of which team.is_last(ticket, blocks) is true for
+//                                               the last one: what the others did before they took theirs is done
 //
 // so that nvcc makes a kernel of it, and any C++ compiler a loop over blocks and threads (the tests run that one).
 #pragma once
@@ -45,11 +45,14 @@ struct DeviceTeam {
     __syncthreads();
   }
   // `arrived` is 0 before the first one and after the last.
-  __device__ __forceinline__ bool is_last(unsigned* arrived, unsigned blocks) const {
-    if (blocks == 1) return true;
+  __device__ __forceinline__ unsigned arrive(unsigned* arrived, unsigned blocks) const {
+    if (blocks == 1) return 0;
     fence();
-    const bool last = atomicInc(arrived, blocks - 1) == blocks - 1;
-    if (last) fence();
+    return atomicInc(arrived, blocks - 1);
+  }
+  __device__ __forceinline__ bool is_last(unsigned ticket, unsigned blocks) const {
+    const bool last = ticket == blocks - 1;
+    if (last && blocks > 1) fence();
     return last;
   }
 
@@ -98,10 +101,12 @@ struct HostTeam {
   void each(F&& f) const {
     each_in_order(Threads, [&](std::int64_t thread) { f(int(thread)); });
   }
-  bool is_last(unsigned* arrived, unsigned blocks) const {
-    *arrived = *arrived + 1 == blocks ? 0 : *arrived + 1;
-    return *arrived == 0;
+  unsigned arrive(unsigned* arrived, unsigned blocks) const {
+    const unsigned ticket = *arrived;
+    *arrived = ticket + 1 == blocks ? 0 : ticket + 1;
+    return ticket;
   }
+  bool is_last(unsigned ticket, unsigned blocks) const { return ticket == blocks - 1; }
 };
 
 #ifdef HX_RUN_PTX  // what nvcc made of the kernel, as a function of the host of the same name: the tests

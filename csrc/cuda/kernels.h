@@ -44,7 +44,8 @@ struct Tile {
     for (int j = 0; j < kVector; ++j) x.set_state(j, advance<R>(last, x.last_grad(j), x.state(j)));
   }
 
-  // All at once where that is possible, so that all reads are under way before the first is waited for. A gradient that is
+  // All at once where that is possible, so that all reads are under way before the first is waited for (what is loaded
+  // apart comes before what has to be converted, which waits). A gradient that is
   // not aligned (a view of one of DDP's buckets) is read one by one, the others at once all the same.
   template <unsigned Parts>
   HX_FN void load(const Entry& t, const Run& run) {
@@ -64,8 +65,10 @@ struct Tile {
       if constexpr ((Parts & kOfW) != 0) write<T>(w, t.pointer<void>(P::kParam), run, at_once);
       if constexpr ((Parts & kOfLastW) != 0) write<T>(last_w, t.pointer<void>(P::kLastParam), run, at_once);
     });
-    if constexpr ((Parts & kOfS) != 0) HX_UNROLL
-    for (int k = 0; k < kSlots; ++k) write<A>(s[k], t.pointer<void>(P::kStates + k), run, at_once);
+    if constexpr ((Parts & kOfS) != 0) {
+      HX_UNROLL
+      for (int k = 0; k < kSlots; ++k) write<A>(s[k], t.pointer<void>(P::kStates + k), run, at_once);
+    }
     if constexpr ((Parts & kOfLastG) != 0) write<A>(last_g, t.pointer<void>(P::kLastGrad), run, at_once);
   }
 
@@ -73,8 +76,10 @@ struct Tile {
   template <unsigned Parts>
   HX_FN void load(const Entry& t, const Run& run, bool at_once, bool grad_at_once) {
     using P = Pointer;
-    if constexpr ((Parts & kOfS) != 0) HX_UNROLL
-    for (int k = 0; k < kSlots; ++k) read<A>(t.pointer<const void>(P::kStates + k), run, at_once, s[k]);
+    if constexpr ((Parts & kOfS) != 0) {
+      HX_UNROLL
+      for (int k = 0; k < kSlots; ++k) read<A>(t.pointer<const void>(P::kStates + k), run, at_once, s[k]);
+    }
     if constexpr ((Parts & kOfLastG) != 0 && !Given) read<A>(t.pointer<const void>(P::kLastGrad), run, at_once, last_g);
     with_type<A>(t.type(), [&](auto type) {
       using T = typename decltype(type)::type;
@@ -124,22 +129,24 @@ struct Update {
       }
     });
     team.each([&](int thread) {
-      if (thread == 0) shared.counts = is_to_count(team, launch);
-      if (!shared.ticking) return;
-      const bool pending = deferred && shared.pending;
-      const auto p = shared.now.get();
-      const auto last = pending ? shared.last.get() : p;
-      const double scale = scale_of(launch);
-      chunk.each_run(thread, kThreads, [&](const Run& run) {
-        Tile<R, A> tile;
-        const auto x = tile.elements(scale);
-        tile.template load<kOfW | kOfG | kOfS>(chunk.entry, run);
-        if (pending) tile.template load<parts_of(Keep & kGrad)>(chunk.entry, run);
-        if (pending) tile.finish(last, x);
-        HX_UNROLL
-        for (int j = 0; j < kVector; ++j) make_step<R, Keep>(p, x, j, x.state(j));
-        tile.template store<kOfW | kOfS | parts_of(Keep)>(chunk.entry, run);
-      });
+      const Counting<Team> counting(team, launch, thread);
+      if (shared.ticking) {
+        const bool pending = deferred && shared.pending;
+        const auto p = shared.now.get();
+        const auto last = pending ? shared.last.get() : p;
+        const double scale = scale_of(launch);
+        chunk.each_run(thread, kThreads, [&](const Run& run) {
+          Tile<R, A> tile;
+          const auto x = tile.elements(scale);
+          if (pending) tile.template load<parts_of(Keep & kGrad)>(chunk.entry, run);
+          tile.template load<kOfW | kOfG | kOfS>(chunk.entry, run);
+          if (pending) tile.finish(last, x);
+          HX_UNROLL
+          for (int j = 0; j < kVector; ++j) make_step<R, Keep>(p, x, j, x.state(j));
+          tile.template store<kOfW | kOfS | parts_of(Keep)>(chunk.entry, run);
+        });
+      }
+      if (thread == 0) shared.counts = counting.falls_to_this_block();
     });
     if (shared.counts) count_steps<kThreads>(team, launch);
   }
@@ -184,15 +191,15 @@ struct Norms {
         chunk.each_run(thread, kThreads, [&](const Run& run) {
           Tile<R, A> tile;
           const auto x = tile.elements(scale);
-          tile.template load<kOfW | kOfG | kOfS>(chunk.entry, run);
           if (pending) tile.template load<kOfLastG>(chunk.entry, run);
+          tile.template load<kOfW | kOfG | kOfS>(chunk.entry, run);
           if (pending) tile.finish(last, x);
           HX_UNROLL
           for (int j = 0; j < kVector; ++j) {
             if (j >= run.n) continue;
-            const A w = x.param(j).value, delta = coming_change<R>(p, x, j, x.state(j));
+            const A delta = coming_change<R>(p, x, j, x.state(j));
             changes += delta * delta;
-            params += w * w;
+            params += square_if_finite(x.w[j]);
           }
         });
       }
@@ -224,33 +231,38 @@ struct TracedUpdate {
       if (status.ticking) shared.now.set(status.used, double(status.step + 1));
     });
     team.each([&](int thread) {
-      if (thread == 0) shared.counts = is_to_count(team, launch);
-      if (!shared.ticking) return;
-      const auto p = shared.now.get();
-      const A keep = shared.keep;
-      const double scale = scale_of(launch);
-      chunk.each_run(thread, kThreads, [&](const Run& run) {
-        Tile<R, A> tile;
-        const auto x = tile.elements(scale);
-        tile.template load<kOfW | kOfG | kOfS>(chunk.entry, run);
-        A tangents[count(S)][kVector];
-        HX_UNROLL
-        for (int j = 0; j < kVector; ++j) {
-          const auto delta = make_traced_step<R>(p, x, j);
-          each_direction<S>([&](auto d) { tangents[position(S, d)][j] = delta.template tangent<d>(); });
-        }
-        tile.template store<kOfW | kOfS>(chunk.entry, run);
-        const bool at_once = run.whole && chunk.entry.aligned();
-        each_direction<S>([&](auto d) {
-          A* const trace = chunk.entry.template pointer<A>(Pointer::kStates + int(R::state.size()) + d);
-          if (trace == nullptr) return;  // compiled for more than is learned
-          A z[kVector];
-          read<A>(trace, run, at_once, z);
+      const Counting<Team> counting(team, launch, thread);
+      if (shared.ticking) {
+        const auto p = shared.now.get();
+        const A keep = shared.keep;
+        const double scale = scale_of(launch);
+        chunk.each_run(thread, kThreads, [&](const Run& run) {
+          Tile<R, A> tile;
+          const auto x = tile.elements(scale);
+          const bool at_once = run.whole && chunk.entry.aligned();
+          const auto trace = [&](int d) {  // null: compiled for more than is learned
+            return chunk.entry.template pointer<A>(Pointer::kStates + int(R::state.size()) + d);
+          };
+          A z[count(S)][kVector] = {};
+          each_direction<S>([&](auto d) {
+            if (trace(d) != nullptr) read<A>(trace(d), run, at_once, z[position(S, d)]);
+          });
+          tile.template load<kOfW | kOfG | kOfS>(chunk.entry, run);
           HX_UNROLL
-          for (int j = 0; j < kVector; ++j) z[j] = next_trace(keep, z[j], tangents[position(S, d)][j]);
-          write<A>(z, trace, run, at_once);
+          for (int j = 0; j < kVector; ++j) {
+            const auto delta = make_traced_step<R>(p, x, j);
+            each_direction<S>([&](auto d) {
+              A& own = z[position(S, d)][j];
+              own = next_trace(keep, own, delta.template tangent<d>());
+            });
+          }
+          tile.template store<kOfW | kOfS>(chunk.entry, run);
+          each_direction<S>([&](auto d) {
+            if (trace(d) != nullptr) write<A>(z[position(S, d)], trace(d), run, at_once);
+          });
         });
-      });
+      }
+      if (thread == 0) shared.counts = counting.falls_to_this_block();
     });
     if (shared.counts) count_steps<kThreads>(team, launch);
   }
@@ -302,7 +314,7 @@ struct Hypergradient {
     double values[kColumns * kThreads];
     bool recorded, last_block;
   };
-  static constexpr unsigned kParts = kOfG | kOfS | (Given ? kOfLastG | kOfLastW : parts_of(RecordOf<R, S>));
+  static constexpr unsigned kReads = kOfG | kOfS | (Given ? kOfLastG | kOfLastW : parts_of(RecordOf<R, S>));
 
   template <class Team>
   HX_FN static void block(const Launch& launch, int block, Shared& shared, const Team& team) {
@@ -321,7 +333,7 @@ struct Hypergradient {
         chunk.each_run(thread, kThreads, [&](const Run& run) {
           Tile<R, A, Given> tile;
           const auto x = tile.elements(scale);
-          tile.template load<kParts>(chunk.entry, run);
+          tile.template load<kReads>(chunk.entry, run);
           HX_UNROLL
           for (int j = 0; j < kVector; ++j) {
             if (j >= run.n) continue;

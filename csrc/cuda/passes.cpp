@@ -50,11 +50,6 @@ const LearnedLaunches& launches_for(const RuleLaunches& launches, const Rule& ru
   return launches.sets[&rule.set_for(learn) - rule.sets.data()];
 }
 
-// Which arithmetic the kernels of a type are compiled for.
-int arithmetic_of(ScalarType type) {
-  return type == kDouble ? 1 : 0;
-}
-
 // kAligned and kGradAligned.
 std::uint64_t alignment_of(const Slice& slice, ScalarType type, std::size_t states) {
   const std::uintptr_t narrow = type == kHalf || type == kBFloat16 ? kVector * 2 : 16;
@@ -192,17 +187,17 @@ class Batch {
   template <class F>
   void each_launch(F&& f) const {
     const int most = Launch::kWords / common_.stride;
-    for (int arithmetic = 0; arithmetic < 2; ++arithmetic) {
+    for (const ScalarType type : {kFloat, kDouble}) {
       Launch launch = common_;
       const auto flush = [&] {
         if (launch.tensors == 0) return;
-        f(launch, arithmetic);
+        f(launch, type);
         HX_CHECK_LAUNCH();
         launch.tensors = launch.blocks = 0;
       };
       for (std::size_t i = 0; i < chunks_.items().size(); ++i) {
         const Item& item = chunks_.items()[i];
-        if (arithmetic_of(item.type) != arithmetic) continue;
+        if (arithmetic(item.type) != type) continue;
         if (launch.tensors == most || launch.first_chunk + launch.blocks != first_chunks_[i]) flush();
         if (launch.tensors == 0) launch.first_chunk = first_chunks_[i];
         write(launch.words + launch.tensors * launch.stride, item, counters_[i], std::uint64_t(launch.blocks));

@@ -103,7 +103,8 @@ HX_FN void sum_row(const Team& team, double* values, bool& last, const Launch& l
   const Entry entry(launch, tensor_of(launch, block));
   const int row = entry.row(), begin = entry.row_begin(), end = entry.row_end();
   team.each([&](int thread) {
-    if (thread == 0) last = team.is_last(launch.arrived(row), unsigned(end - begin));
+    const unsigned blocks = unsigned(end - begin);
+    if (thread == 0) last = team.is_last(team.arrive(launch.arrived(row), blocks), blocks);
   });
   if (last) add_chunks<Threads>(team, values, launch.sums, row, begin, end, 0, launch.sums.columns);
 }
@@ -124,12 +125,22 @@ HX_FN void each_tensor(const Launch& launch, int thread, int threads, F&& f) {
   }
 }
 
-// The last block of an update counts the step of every tensor. One thread asks whether it is that, once nobody in its block
-// reads a Status any more: early, so that its answer is there when the elements are done.
+// The last block of an update counts the step of every tensor. The first thread takes a ticket once nobody in its block
+// reads a Status any more, and looks at it when its elements are done, so that it does not wait for it before.
 template <class Team>
-HX_FN bool is_to_count(const Team& team, const Launch& launch) {
-  return launch.counts && team.is_last(launch.arrived(0), unsigned(launch.blocks));
-}
+class Counting {
+ public:
+  HX_FN Counting(const Team& team, const Launch& launch, int thread) : team_(team), launch_(launch) {
+    if (thread == 0 && launch.counts) ticket_ = team.arrive(launch.arrived(0), unsigned(launch.blocks));
+  }
+  // Of the first thread.
+  HX_FN bool falls_to_this_block() const { return launch_.counts && team_.is_last(ticket_, unsigned(launch_.blocks)); }
+
+ private:
+  const Team& team_;
+  const Launch& launch_;
+  unsigned ticket_ = 0;
+};
 template <int Threads, class Team>
 HX_FN void count_steps(const Team& team, const Launch& launch) {
   team.each([&](int thread) {

@@ -39,7 +39,9 @@ using Sets = std::enable_if_t<kIsArrayOf<Mask, decltype(R::sets)>>;
 
 using Constant = Dual<double, 0>;
 template <class R>
-using Prepare = decltype(R::prepare(std::declval<const Hypers<(Mask(1) << R::hypers.size()) - 1>&>(), 1.0));
+using Prepare = decltype(R::prepare(std::declval<const HypersOf<R, kAllHypers<R>>&>(), 1.0));
+template <class R>
+using Lr = decltype(int(R::lr));
 template <class R, class P>
 using Penalty = decltype(R::penalty(std::declval<const P&>(), std::declval<const Constant&>()));
 template <class R, class P, class... S>
@@ -98,6 +100,15 @@ constexpr bool are_sets(const Array& sets, std::size_t hypers) {
   for (std::size_t i = 0; i < sets.size(); ++i)
     if (sets[i] == 0 || sets[i] >> hypers != 0 || (i > 0 && count(sets[i]) < count(sets[i - 1]))) return false;
   return true;
+}
+
+// Whether the enumerator of lr is its place among the hyperparameters.
+template <class R>
+constexpr bool lr_is_in_order() {
+  if constexpr (kExists<Lr, R>)
+    return index_of<R>("lr") < 0 || index_of<R>("lr") == int(R::lr);
+  else
+    return true;
 }
 
 template <class R, class P, class... S>
@@ -171,6 +182,7 @@ constexpr bool keeps_contract() {
     static_assert(!are_names(R::state) || are_free(R::state),
                   "hyperopt_ext: a state cannot be called step, tick, last_grad, last_param or trace_...");
     static_assert(are_in_range(R::hypers), "hyperopt_ext: a hyperparameter must have low <= initial < high");
+    static_assert(lr_is_in_order<R>(), "hyperopt_ext: the enum must name the hyperparameters in the order of 'hypers'");
     static_assert(are_sets(R::sets, R::hypers.size()),
                   "hyperopt_ext: each of 'sets' must be made of the bits of hyperparameters, bit(lr) | bit(beta1), the "
                   "smallest set first");

@@ -31,6 +31,10 @@ HX_FN constexpr Mask bit(int direction) {
   return Mask(1) << direction;
 }
 
+// Directions of a step's inputs, those of its hyperparameters being lower (rule.h).
+constexpr int kFirstInput = 20;
+constexpr Mask kInputs = ~(bit(kFirstInput) - 1);
+
 HX_FN constexpr int count(Mask mask) {
   int n = 0;
   for (; mask; mask &= mask - 1) ++n;
@@ -250,7 +254,7 @@ HX_FN Dual<T, N> pow(double a, const Dual<T, N>& n) {
   return chain(power, n, T(std::log(a)) * power);
 }
 
-// condition ? a : b, with the tangents of the branch that was taken.
+// condition ? a : b, with the tangents of the branch that was taken; of a number, none.
 template <class T, Mask A, Mask B>
 HX_FN Dual<T, A | B> where(bool condition, const Dual<T, A>& a, const Dual<T, B>& b) {
   Dual<T, A | B> result;
@@ -259,6 +263,15 @@ HX_FN Dual<T, A | B> where(bool condition, const Dual<T, A>& a, const Dual<T, B>
     result.template set_tangent<d>(condition ? a.template tangent<d>() : b.template tangent<d>());
   });
   return result;
+}
+
+template <class T, Mask A>
+HX_FN Dual<T, A> where(bool condition, const Dual<T, A>& a, double b) {
+  return where(condition, a, constant(T(b)));
+}
+template <class T, Mask A>
+HX_FN Dual<T, A> where(bool condition, double a, const Dual<T, A>& b) {
+  return where(condition, constant(T(a)), b);
 }
 
 // The larger one, with its tangents; of equal ones, a with a's. A NaN in either is the result.
@@ -272,10 +285,14 @@ HX_FN Dual<T, A> max(const Dual<T, A>& a, double b) {
   return max(a, constant(T(b)));
 }
 
-// -1, 0 or 1, or NaN of a NaN. The slope is 0 everywhere, at the jump, too: no tangent passes.
+// -1, 0 or 1, or NaN of a NaN. The slope is 0 everywhere, at the jump, too. Directions of inputs stay in the type, since it
+// shows what a function reads.
 template <class T, Mask A>
-HX_FN Dual<T, 0> sign(const Dual<T, A>& a) {
-  return constant(a.value > T(0) ? T(1) : a.value < T(0) ? T(-1) : a.value);
+HX_FN Dual<T, A & kInputs> sign(const Dual<T, A>& a) {
+  Dual<T, A & kInputs> result;
+  result.value = a.value > T(0) ? T(1) : a.value < T(0) ? T(-1) : a.value;
+  each_direction<(A & kInputs)>([&](auto d) HX_LAMBDA { result.template set_tangent<d>(T(0)); });
+  return result;
 }
 
 // The same number in another precision.

@@ -183,7 +183,7 @@ HX_FN void move_coordinates(const double* hyper, double step, int n, int begin, 
                             double* state, double* tangents) {
   constexpr Mask all = kAllHypers<R>;
   constexpr int hypers = int(R::hypers.size());
-  const auto p = R::prepare(Hypers<all>{hyper}, step);
+  const auto p = R::prepare(HypersOf<R, all>{hyper}, step);
   Elements<R, double> s;
   for (int k = 0; k < int(R::state.size()); ++k) s.s[k] = state + k * n;
   for (int j = begin; j < end; ++j) {

@@ -59,6 +59,12 @@ std::vector<std::string> add_rules(const Library& from) {
     if (twice || is_defined(rule->name))
       throw std::invalid_argument("has a rule called '" + names.back() + "', but this name is taken" +
                                   (twice ? "" : "; to load a rule that was changed, start a new process"));
+    for (const LearnedSet& set : rule->sets)
+      if (const char* const input = set.hidden & kGrad ? "e" : set.hidden & kParam ? "w" : nullptr)
+        throw std::invalid_argument("has a rule called '" + names.back() + "' whose change() depends on " + input +
+                                    " by a condition alone, which its type does not show, so that " + input +
+                                    " would not be kept for the hypergradient; add 0.0 * " + input +
+                                    " to what it returns");
     added.push_back(rule);
   }
   if (!added.empty())

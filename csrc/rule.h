@@ -12,8 +12,14 @@
 // that the same step replaces). It does not see w: no state can follow the parameters (an average of them, say).
 //
 // They are templates with a parameter for each argument, since each may carry other directions, and they are made of
-// what dual.h has: + - * / between duals and numbers, sqrt, pow(dual, number) and pow(number, dual), max, sign,
-// where(condition, dual, dual), and constant(number), which makes a dual of a number. A condition is one of `a.value`.
+// what dual.h has: + - * / between duals and numbers, sqrt, pow(dual, number) and pow(number, dual), max, sign, and
+// where(condition, a, b), of duals and numbers, instead of `if`. A condition is one of `a.value`; a rule whose change()
+// depends on e, or on w, by a condition alone adds 0.0 * e, or 0.0 * w (loading it says so otherwise). prepare() counts
+// steps from 1, those of the parameter, in a double, and may branch on them; constant(number) makes one of its values.
+// Sums may be regrouped (-fassociative-math), so a term that only rounding makes is lost.
+//
+// Every function is an HX_FN: one that is not is an error of nvcc. Entries of `hypers` are named by an enum of the same
+// order. A state starts from 0, or from what Level's `initial_state` says; a level of a tower sees a gradient of 0 first.
 //
 // From these four the library instantiates the update, the hypergradient and the scalar tower. `sets` names the learned
 // sets to specialise, smallest first (none and all come by themselves; any other set uses the smallest that holds it).
@@ -75,15 +81,19 @@ constexpr int kMaxStates = 4;
 constexpr int kMaxHypers = 16;
 constexpr std::size_t kPreparedBytes = 512;
 
-// The hyperparameters of a step, those in S as active directions.
-template <Mask S>
+// The N hyperparameters of a step, those in S as active directions.
+template <std::size_t N, Mask S>
 struct Hypers {
   static constexpr Mask learned = S;
   const double* values;
 };
+template <class R, Mask S>
+using HypersOf = Hypers<R::hypers.size(), S>;
 
-template <int I, Mask S>
-HX_FN Dual<double, S & bit(I)> get(const Hypers<S>& h) {
+template <int I, std::size_t N, Mask S>
+HX_FN Dual<double, S & bit(I)> get(const Hypers<N, S>& h) {
+  static_assert(0 <= I && std::size_t(I) < N,
+                "hyperopt_ext: prepare() takes a hyperparameter that 'hypers' does not have");
   Dual<double, S & bit(I)> result;
   result.value = h.values[I];
   if constexpr ((S & bit(I)) != 0) result.tangents[0] = 1.0;
@@ -126,7 +136,7 @@ HX_FN auto to(const Pack<D...>& values) {
   return to<T>(values, std::index_sequence_for<D...>{});
 }
 template <class R, class T, Mask S>
-using Prepared = decltype(to<T>(R::prepare(std::declval<Hypers<S>>(), 1.0)));
+using Prepared = decltype(to<T>(R::prepare(std::declval<HypersOf<R, S>>(), 1.0)));
 
 // What a step leaves behind so that its hypergradient can be taken at the next one.
 enum Record : unsigned {
@@ -137,7 +147,7 @@ enum Record : unsigned {
 };
 
 // Directions beyond the hyperparameters: the other inputs of a step. kOfState is that of the first state.
-constexpr int kOfState = 20, kOfParam = 29, kOfGrad = 30;
+constexpr int kOfState = kFirstInput, kOfParam = 29, kOfGrad = 30;
 static_assert(kMaxHypers <= kOfState && kOfState + kMaxStates <= kOfParam, "directions overlap");
 
 namespace detail {
@@ -169,10 +179,17 @@ struct ProbeChange<R, P, std::index_sequence<I...>> {
                          std::declval<Dual<double, kProbeParam>>(), std::declval<typename ConstantAt<I>::type>()...));
 };
 
+template <class R, std::size_t... I>
+constexpr std::size_t returned(std::index_sequence<I...>) {
+  using P = decltype(R::prepare(std::declval<HypersOf<R, 0>>(), 1.0));
+  return std::tuple_size<decltype(R::advance(std::declval<P>(), std::declval<Dual<double, 0>>(),
+                                             std::declval<typename ConstantAt<I>::type>()...))>::value;
+}
+
 template <class R, Mask S, std::size_t... I>
 constexpr unsigned record_of(std::index_sequence<I...>) {
   using T = double;
-  using P = decltype(R::prepare(std::declval<Hypers<S>>(), 1.0));
+  using P = decltype(R::prepare(std::declval<HypersOf<R, S>>(), 1.0));
   using C = Dual<T, 0>;
   using Penalty = decltype(R::penalty(std::declval<P>(), std::declval<C>()));
   using E = Dual<T, Penalty::mask & S>;
@@ -199,6 +216,10 @@ template <class R>
 constexpr Mask set_at(std::size_t i) {
   return i == 0 ? 0 : i + 1 < kSets<R> ? R::sets[i - 1] : kAllHypers<R>;
 }
+
+// How many values advance() returns.
+template <class R>
+constexpr std::size_t kReturned = detail::returned<R>(std::make_index_sequence<R::state.size()>{});
 
 // What has to be kept between steps when the hyperparameters S of rule R are learned.
 template <class R, Mask S>
@@ -303,6 +324,7 @@ struct LearnedKernels {
 struct LearnedSet {
   Mask mask;
   unsigned record;  // Record bits
+  unsigned hidden;  // those that are missing (hidden_inputs() in cpu/register.h): none, or the rule is refused
   LearnedKernels cpu[kArithmeticTypes];
 
   const LearnedKernels& on_cpu(ScalarType type) const { return cpu[arithmetic(type)]; }

@@ -29,7 +29,9 @@ CXX_FLAGS = [
     "-fassociative-math",
     "-fno-signed-zeros",
 ]
-NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fvisibility=hidden"]
+# A host function that a kernel calls is dropped with a warning else.
+NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr", "-Werror", "cross-execution-space-call"]
+NVCC_FLAGS += ["-Xcompiler", "-fvisibility=hidden"]
 LINK_FLAGS = ["-fopenmp"]
 # What CUDA kernels are compiled for where there is no GPU and TORCH_CUDA_ARCH_LIST names none: sm_80, sm_90 and later.
 ARCHITECTURE_FLAGS = [

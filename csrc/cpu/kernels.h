@@ -35,8 +35,11 @@ constexpr std::int64_t kTraceBlock = 256;
 template <class R, class A, Mask S>
 void prepare(const double* hyper, double step, void* out) {
   using P = Prepared<R, A, S>;
-  static_assert(sizeof(P) <= kPreparedBytes, "prepare() returns more values than a kernel can take");
-  new (out) P(to<A>(R::prepare(Hypers<S>{hyper}, step)));
+  static_assert(
+      sizeof(P) <= kPreparedBytes,
+      "hyperopt_ext: prepare() returns more values than a kernel can take, which is kPreparedBytes of them and "
+      "of their derivatives, in double; leave to the other functions what can be made of fewer");
+  new (out) P(to<A>(R::prepare(HypersOf<R, S>{hyper}, step)));
 }
 
 // One step. With kDeferred the stored state is that before the last step (if there was one: last_prepared != null): it

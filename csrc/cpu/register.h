@@ -2,6 +2,8 @@
 // without any of torch's headers (setup.py writes it).
 #pragma once
 
+#include <random>
+
 #include "../contract.h"
 #include "kernels.h"
 
@@ -25,9 +27,53 @@ constexpr LearnedKernels learned_kernels() {
             {hypergradient<R, A, S, false, false>, hypergradient<R, A, S, false, true>}};
 }
 
+// The inputs of change() that its derivatives depend on by a condition alone, which its type does not show: kGrad, kParam.
+// Found with random numbers.
+template <class R, Mask S, std::size_t... I>
+unsigned hidden_inputs(std::index_sequence<I...>) {
+  std::minstd_rand bits;
+  const auto random = [&](double low, double high) { return std::uniform_real_distribution<>(low, high)(bits); };
+  unsigned inputs = 0;
+  for (int trial = 0; trial < 100; ++trial) {
+    double hypers[kMaxHypers];
+    for (std::size_t i = 0; i < R::hypers.size(); ++i) {
+      const Hyperparameter& h = R::hypers[i];
+      const double value = h.initial + random(-1.0, 1.0);
+      hypers[i] = h.low <= value && value < h.high ? value : h.initial;
+    }
+    const auto p = R::prepare(HypersOf<R, S>{hypers}, 1.0 + trial);
+    const double size = std::pow(10.0, trial % 5 - 2), lowest = trial % 2 == 0 ? -size : 0.0;
+    const double state[] = {random(lowest, size), (static_cast<void>(I), random(lowest, size))...};
+    const auto derivatives = [&](double e, double w) {
+      const auto delta = R::change(p, constant(e), constant(w), constant(state[I])...);
+      std::array<double, std::size_t(count(S))> result{};
+      each_direction<S>([&](auto d) { result[std::size_t(position(S, d))] = delta.template tangent<d>(); });
+      return result;
+    };
+    const double e = random(-size, size), w = random(-size, size);
+    const auto differ = [&](double other_e, double other_w) {
+      const auto a = derivatives(e, w), b = derivatives(other_e, other_w);
+      for (std::size_t k = 0; k < a.size(); ++k)
+        if (a[k] != b[k] && !(a[k] != a[k] && b[k] != b[k])) return true;
+      return false;
+    };
+    if (differ(random(-size, size), w)) inputs |= kGrad;
+    if (differ(e, random(-size, size))) inputs |= kParam;
+  }
+  return inputs;
+}
+
+template <class R, Mask S>
+unsigned hidden_inputs() {
+  if constexpr (S == 0)
+    return kNothing;
+  else
+    return hidden_inputs<R, S>(std::make_index_sequence<kReturned<R>>{}) & ~RecordOf<R, S>;
+}
+
 template <class R, Mask S>
 LearnedSet learned_set() {
-  return {S, RecordOf<R, S>, {learned_kernels<R, float, S>(), learned_kernels<R, double, S>()}};
+  return {S, RecordOf<R, S>, hidden_inputs<R, S>(), {learned_kernels<R, float, S>(), learned_kernels<R, double, S>()}};
 }
 
 template <class R>

@@ -101,7 +101,7 @@ struct PreparedStep {
   using P = Prepared<R, A, S>;
   alignas(16) unsigned char bytes[sizeof(P)];
 
-  HX_FN void set(const double* hyper, double step) { new (bytes) P(to<A>(R::prepare(Hypers<S>{hyper}, step))); }
+  HX_FN void set(const double* hyper, double step) { new (bytes) P(to<A>(R::prepare(HypersOf<R, S>{hyper}, step))); }
   HX_FN P get() const { return *reinterpret_cast<const P*>(bytes); }
 };
 

@@ -34,6 +34,8 @@ from hyperopt_ext.update import (
     write,
 )
 
+from hyperopt_ext.wrap import create_state
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -314,6 +316,9 @@ class HyperOptimizer(Optimizer):
             self._rehearses = not self.state and self._is_rehearsal()
             if self._rehearses:
                 _create_state(self._key)
+                for group in self._param_groups:
+                    if "optimizer" in group:
+                        create_state(group["optimizer"])
                 return loss
         # All gradients before any state: dynamo must not meet a parameter as a key of the state first.
         moving = [[p for p in g.group["params"] if p.grad is not None and p.requires_grad] for g in self._groups]
@@ -594,7 +599,10 @@ class HyperOptimizer(Optimizer):
             for group, incoming in zip(self.param_groups, saved, strict=True):
                 if "optimizer" in group:
                     before.append((group["optimizer"], group["optimizer"].state_dict()))
-                    group["optimizer"].load_state_dict(deepcopy(incoming["optimizer"]))  # it would share the tensors
+                    inner = deepcopy(incoming["optimizer"])  # it would share the tensors
+                    # Where torch.distributed.checkpoint has gathered it, the numbers of the parameters are strings.
+                    inner["state"] = {int(k) if str(k).isdigit() else k: v for k, v in inner["state"].items()}
+                    group["optimizer"].load_state_dict(inner)
         except Exception:
             for optimizer, state_dict in before:
                 optimizer.load_state_dict(state_dict)

@@ -182,6 +182,17 @@ class Wrap(Level):
         return f"Wrap({self}, {', '.join(f'{name}={value!r}' for name, value in own.items())})"
 
 
+def create_state(optimizer: Optimizer) -> None:
+    """Makes an optimizer create its state, by a step with the gradients of 0 that it finds and an lr of 0."""
+    [group] = optimizer.param_groups
+    lr = group["lr"]
+    group["lr"] = torch.zeros_like(lr) if isinstance(lr, Tensor) else 0.0
+    try:
+        optimizer.step()
+    finally:
+        group["lr"] = lr
+
+
 class _WrappedStep:
     """Pass B of a wrapped optimizer, with the arguments of a rule's own."""
 

@@ -10,7 +10,9 @@ from functools import partial
 import pytest
 import pytorch_optimizer
 import torch
+import torch.distributed.checkpoint as dcp
 from problems import Regression, relative_error
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 import hyperopt_ext as hx
 
@@ -158,6 +160,32 @@ def test_it_resumes_bit_for_bit(make, way):
             file.seek(0)
             state_dict = torch.load(file, weights_only=True)
         resumed.load_state_dict(state_dict)
+    problem.train(opt, range(10, 20))
+    other.train(resumed, range(10, 20))
+    assert all(torch.equal(p, q) for p, q in zip(problem.model.parameters(), other.model.parameters(), strict=True))
+    assert opt.hyperparameters() == resumed.hyperparameters()
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("options", [{}, {"full_state_dict": True}, {"full_state_dict": True, "cpu_offload": True}])
+@pytest.mark.parametrize(
+    "wrapped",
+    [*(make() for make in FOREIGN.values()), hx.Wrap(torch.optim.SGD, lr=0.1, momentum=0.9), TWINS["adam"][0]],
+    ids=str,
+)
+def test_it_resumes_bit_for_bit_by_distributed_checkpoint(wrapped, options, on_disk, tmp_path):
+    """Which fills what a new optimizer has: so the wrapped one must have its state."""
+    options = StateDictOptions(**options)
+    problem, other = Regression(20, torch.float32), Regression(20, torch.float32)
+    opt, resumed = (hx.HyperOptimizer(matrices(p), wrapped / hx.SGD(lr=1e-4)) for p in (problem, other))
+    problem.train(opt, range(10))
+    model_state, state = get_state_dict(problem.model, opt, options=options)
+    state = copy.deepcopy(state)
+    if on_disk:
+        dcp.save({"model": model_state, "opt": state}, checkpoint_id=tmp_path, no_dist=True)
+        model_state, state = get_state_dict(other.model, resumed, options=options)
+        dcp.load({"model": model_state, "opt": state}, checkpoint_id=tmp_path, no_dist=True)
+    set_state_dict(other.model, resumed, model_state_dict=model_state, optim_state_dict=state, options=options)
     problem.train(opt, range(10, 20))
     other.train(resumed, range(10, 20))
     assert all(torch.equal(p, q) for p, q in zip(problem.model.parameters(), other.model.parameters(), strict=True))

@@ -80,6 +80,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   define_tower_ops();
   for (const Rule* rule : rules()) define_ops(*rule);
 
+  m.attr("TICKS") = int(kTicks);
   m.attr("TICKING") = int(kTicking);
   m.attr("SKIPPED") = int(kSkipped);
   m.attr("HELD") = int(kHeld);

@@ -16,6 +16,7 @@ class RuleInfo(TypedDict):
     hypers: list[HyperparameterInfo]
     state: list[str]
 
+TICKS: int
 TICKING: int
 SKIPPED: int
 HELD: int

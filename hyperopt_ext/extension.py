@@ -38,7 +38,9 @@ from hyperopt_ext.stack import RULES, Level
 __all__ = ["Betas", "build_rules", "include_path", "level_class", "load_rule", "load_rules", "rule_extension"]
 
 # Of a param group: what a hyperparameter cannot be called.
-_TAKEN = ("params", "param_names", "stack", "tower", "maximize", "nonfinite", "betas")
+_TAKEN = ("params", "param_names", "stack", "tower", "maximize", "nonfinite", "betas", "initial_lr", "optimizer")
+# What to add to a compiler's own words about a rule.
+_HINT = "(a rule is made of + - * /, sqrt, pow, max, sign, where and constant, as the head of rule.h says)"
 
 
 def include_path() -> Path:
@@ -97,12 +99,7 @@ def build_rules(
 
     from hyperopt_ext import _build
 
-    if isinstance(headers, str | os.PathLike):
-        raise TypeError(f"headers must be a list of paths, as [{os.fspath(headers)!r}]")
-    paths = [Path(header).resolve() for header in headers]
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no header {path}")
+    paths = [path.resolve() for path in _paths(headers)]
     if missing := _build.missing_compiler():
         raise RuntimeError(missing)
 
@@ -152,6 +149,18 @@ def build_rules(
     return library
 
 
+def _paths(headers: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    if isinstance(headers, str | os.PathLike):
+        raise TypeError(f"headers must be a list of paths, as [{os.fspath(headers)!r}]")
+    paths = [Path(header) for header in headers]
+    if not paths:
+        raise ValueError("headers must name at least one header")
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no header {path.resolve()}")
+    return paths
+
+
 def _with_included(headers: Sequence[Path]) -> list[Path]:
     """The headers, and those that they include from beside them."""
     files = list(headers)
@@ -197,8 +206,8 @@ def _errors(output: str) -> str:
                 missing.append("  " + rule + message.rstrip('"'))  # nvcc quotes it
             else:
                 others.append(f"  {Path(found[1]).name}:{found[2]}: {found[3]}")
-    errors = list(dict.fromkeys(others or missing))
-    return "\n".join(errors[:20]) or output
+    errors = list(dict.fromkeys(others or missing))[:20]
+    return "\n".join([*errors, *([f"  {_HINT}"] if others else [])]) or output
 
 
 def load_rules(library: str | os.PathLike[str]) -> tuple[str, ...]:
@@ -217,7 +226,10 @@ def load_rules(library: str | os.PathLike[str]) -> tuple[str, ...]:
     """
     path = Path(library)
     if isinstance(library, str) and re.fullmatch(r"\w+(\.\w+)*", library) and not path.exists():
-        spec = find_spec(library)
+        try:
+            spec = find_spec(library)
+        except ModuleNotFoundError:  # not even its package
+            spec = None
         if spec is None or spec.origin is None:
             raise FileNotFoundError(f"there is no extension {library}; was its package built?")
         path = Path(spec.origin)
@@ -313,9 +325,6 @@ def rule_extension(name: str, headers: Sequence[str | os.PathLike[str]]) -> Any:
 
     from hyperopt_ext import _build
 
-    paths = [Path(header) for header in headers]
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no header {path.resolve()}")
+    paths = _paths(headers)
     sources = _build.units(Path("build", name), include_path(), _includes(paths))
     return _build.extension(name, sources, [include_path()], depends=[str(path) for path in _with_included(paths)])

@@ -33,7 +33,6 @@ from hyperopt_ext.update import (
     state_dtype,
     write,
 )
-
 from hyperopt_ext.wrap import create_state
 
 if TYPE_CHECKING:
@@ -353,13 +352,16 @@ class HyperOptimizer(Optimizer):
             or group["params"] is not g.params
             or group["nonfinite"] is not g.nonfinite
             or group["tower"] is not g.tower
-            or len(group["params"]) != g.tensors
+            or len(group["params"]) != len(g.members)
             for group, g in zip(groups, self._groups, strict=True)
         ):
             for g in self._groups:
                 same, g.group["stack"] = g.stack == g.group["stack"], g.stack
                 if not same:
                     raise ValueError("param group: its stack stays what it is; add_param_group() takes another one")
+            for g in self._groups:
+                stay = [group["params"] for group in groups if group is g.group or group["tower"] is g.tower]
+                g.let_go({p for params in stay for p in params}, self.state, self._reduction)
             saved = [dict(group) for group in groups]
             self._attach_all()
             self._adopt_values(saved)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hyperopt_ext import distributed
@@ -20,12 +21,22 @@ def check_mapping(state_dict: object) -> None:
 def check_state_dict(state_dict: Mapping[str, Any], groups: list[Group], params: list[list[Tensor]]) -> None:
     """``params``, by group, are those that the state dict is of: with ZeRO, of all processes."""
     saved_groups = state_dict.get("param_groups", [])
+    if not isinstance(saved_groups, list | tuple) or not all(isinstance(saved, Mapping) for saved in saved_groups):
+        raise ValueError("state_dict: 'param_groups' must be a list of dicts, as state_dict() gave it")
     if len(saved_groups) != len(groups):
         raise ValueError(f"state_dict has {len(saved_groups)} param groups, but this optimizer has {len(groups)}")
-    if "state" not in state_dict:
-        raise ValueError("state_dict has no 'state': it is a part of what state_dict() gave")
+    if not isinstance(state_dict.get("state"), Mapping):
+        raise ValueError("state_dict has no dict 'state': it is a part of what state_dict() gave")
     for i, (saved, group, own) in enumerate(zip(saved_groups, groups, params, strict=True)):
         _check_group(i, saved, group, own, state_dict["state"])
+
+
+def _check_dense(what: str, value: Tensor, own: Tensor) -> None:
+    """Whether numbers can be copied from it."""
+    if value.layout != torch.strided:
+        raise ValueError(f"state_dict: {what} is {value.layout}, but must be dense")
+    if value.is_meta and not own.is_meta:
+        raise ValueError(f"state_dict: {what} is on the device meta, which holds no numbers")
 
 
 def _check_group(i: int, saved: dict[str, Any], group: Group, params: list[Tensor], state: Mapping[Any, Any]) -> None:
@@ -40,6 +51,10 @@ def _check_group(i: int, saved: dict[str, Any], group: Group, params: list[Tenso
             f"state_dict: param group {i} is of the stack {saved['stack']!r}, but this optimizer's is {ours!r} "
             "(traced: with a horizon of more than one step)"
         )
+    if not isinstance(saved["params"], list | tuple):
+        raise ValueError(f"state_dict: 'params' of param group {i} must be a list, not {saved['params']!r}")
+    if not isinstance(saved["maximize"], bool):
+        raise ValueError(f"state_dict: maximize of param group {i} must be True or False, not {saved['maximize']!r}")
     if len(saved["params"]) != len(params):
         raise ValueError(
             f"state_dict: param group {i} has {len(saved['params'])} parameters, but this optimizer's has {len(params)}"
@@ -48,6 +63,7 @@ def _check_group(i: int, saved: dict[str, Any], group: Group, params: list[Tenso
     if shape != expected:
         found = "no tower" if shape is None else f"a tower of the shape {tuple(shape)}"
         raise ValueError(f"state_dict: param group {i} has {found}, but this optimizer needs {tuple(expected)}")
+    _check_dense(f"the tower of param group {i}", saved["tower"], group.tower)
     group.edited(saved)
     check_policy(saved["nonfinite"])
     initial = saved.get("initial_lr", 1.0)
@@ -79,5 +95,6 @@ def _check_param_state(of: str, state: Any, p: Tensor, names: list[str]) -> None
             raise ValueError(
                 f"state_dict: {name} of {of} has the shape {tuple(value.shape)}, but the parameter needs {tuple(shape)}"
             )
+        _check_dense(f"{name} of {of}", value, p)
         if name not in ("step", "tick"):
             distributed.check_layout(f"state_dict: {name} of {of}", value, p)

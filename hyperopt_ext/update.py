@@ -99,7 +99,7 @@ class Group:
         base, plan = stack[0], stack.plan()
         self.group, self.stack = group, stack
         self.params: list[Tensor] = group["params"]
-        self.tensors = len(self.params)
+        self.members = list(self.params)  # the list may change
         self.tower: Tensor = group["tower"]
         if base.granularity == "tensor" and max(1, len(self.params)) != len(self.tower):
             raise ValueError(
@@ -126,6 +126,7 @@ class Group:
             [[values[name] for name in _C.SETTINGS] for values in settings], dtype=torch.float64, device=device
         )
         offsets = _C.tower_offsets(plan)
+        self.start_of_used = offsets[0][2]
         self.hyperparameters, self.bounded, self.used = (
             [self._views(level, starts[i]) for level, starts in zip(stack, offsets, strict=True)] for i in range(3)
         )
@@ -265,6 +266,53 @@ class Group:
     def state_names(self) -> list[str]:
         return ["step", "tick", *self.states, *self.records]
 
+    def arguments(
+        self,
+        params: list[Tensor],
+        grads: list[Any],
+        states: list[dict[str, Tensor]],
+        reduction: distributed.Reduction | None,
+        tower: Tensor | None = None,
+    ) -> tuple[Any, ...]:
+        """What the operators of a pass take (csrc/pass.h)."""
+        rows = self.rows(params)
+        if reduction is not None:
+            params, grads = ([distributed.local(t) for t in tensors] for tensors in (params, grads))
+            states = [{name: distributed.local(t) for name, t in state.items()} for state in states]
+        return (
+            params,
+            grads,
+            [state[name] for name in self.states for state in states],
+            [state[name] for name in self.records for state in states],
+            [state["step"] for state in states],
+            [state["tick"] for state in states],
+            self.tower if tower is None else tower,
+            rows,
+            self.learn,
+            *self.horizon,
+            -1.0 if self.group["maximize"] else 1.0,
+        )
+
+    @torch.no_grad()
+    def let_go(
+        self, remaining: set[Tensor], state: Mapping[Tensor, Any], reduction: distributed.Reduction | None
+    ) -> None:
+        """Completes the state of parameters that have left the group, and takes their last update off the record.
+
+        That is what sitting a step out does, a step that none of the values takes part in.
+        """
+        gone = [
+            p for p in self.members if p not in remaining and is_state(state.get(p)) and p.device == self.tower.device
+        ]
+        if not gone or self.learn == 0 or self.stack[0].is_traced():
+            return
+        tower, n = self.tower.clone(), len(self.hyperparameters[0])
+        tower[:, _C.TICKS] += 1.0
+        tower[:, _C.TICKING] = 1.0
+        used, previous = (slice(start, start + n) for start in (self.start_of_used, self.start_of_used + n))
+        tower[:, previous] = self.tower[:, used]
+        self.settle(*self.arguments(gone, gone, [state[p] for p in gone], reduction, tower))
+
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
         start = {"step": 0, "tick": -1, **self.states, **dict.fromkeys(self.records, 0)}
         state = {}
@@ -312,15 +360,16 @@ class Update:
         else:
             grads = [distributed.local_grad(p, f"params[{i}]") for i, p in enumerate(params)]
         self.params = params
-        self.active = self.counted = self._arguments(params, grads, states)
+        self.active = self.counted = group.arguments(params, grads, states, reduction)
         if reduction is not None and len(counted := reduction.counted(params)) < len(params):
             self.params = [params[i] for i in counted]
-            self.counted = self._arguments(self.params, [grads[i] for i in counted], [states[i] for i in counted])
+            some = [grads[i] for i in counted], [states[i] for i in counted]
+            self.counted = group.arguments(self.params, *some, reduction)
         self.idle = None
         if group.row_of is None and len(params) != len(group.group["params"]):
             moving = set(params)
             idle = [p for p in group.group["params"] if p not in moving and is_state(state.get(p))]
-            self.idle = self._arguments(idle, idle, [state[p] for p in idle])
+            self.idle = group.arguments(idle, idle, [state[p] for p in idle], reduction)
 
     def _state_of(self, p: Tensor, known: dict[str, Tensor] | None) -> dict[str, Tensor]:
         if is_state(known):
@@ -329,27 +378,6 @@ class Update:
             raise RuntimeError("a CUDA graph would create a parameter's state anew at every replay: step once before")
         self.new[p] = self.group.new_state(p)
         return self.new[p]
-
-    def _arguments(self, params: list[Tensor], grads: list[Any], states: list[dict[str, Tensor]]) -> tuple[Any, ...]:
-        """What the operators of a pass take (csrc/pass.h)."""
-        g = self.group
-        rows = g.rows(params)
-        if self.reduction is not None:
-            params, grads = ([distributed.local(t) for t in tensors] for tensors in (params, grads))
-            states = [{name: distributed.local(t) for name, t in state.items()} for state in states]
-        return (
-            params,
-            grads,
-            [state[name] for name in g.states for state in states],
-            [state[name] for name in g.records for state in states],
-            [state["step"] for state in states],
-            [state["tick"] for state in states],
-            g.tower,
-            rows,
-            g.learn,
-            *g.horizon,
-            -1.0 if g.group["maximize"] else 1.0,
-        )
 
     def hypergradient(self) -> Tensor:
         """Pass A. Checks all lists before anything is changed."""

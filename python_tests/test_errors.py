@@ -443,7 +443,26 @@ BAD_STATE_DICTS = {
     "a missing state": (another_dict(lambda d: d["state"][1].pop("last_grad")), "state of parameter 1"),
     "a torch.optim state": (lambda opt: torch.optim.Adam(other()).state_dict(), "not that of a HyperOptimizer"),
     "an empty dict": (lambda opt: {}, "0 param groups"),
-    "no state": (lambda opt: {"param_groups": opt.state_dict()["param_groups"]}, "has no 'state'"),
+    "no state": (lambda opt: {"param_groups": opt.state_dict()["param_groups"]}, "has no dict 'state'"),
+    "a list of states": (another_dict(lambda d: d.update(state=[])), "has no dict 'state'"),
+    "no list of groups": (
+        another_dict(lambda d: d.update(param_groups=None)),
+        "'param_groups' must be a list of dicts",
+    ),
+    "no groups in it": (another_dict(lambda d: d.update(param_groups=[1])), "'param_groups' must be a list of dicts"),
+    "no list of parameters": (
+        another_dict(lambda d: d["param_groups"][0].update(params=None)),
+        "must be a list, not None",
+    ),
+    "no truth value": (another_dict(lambda d: d["param_groups"][0].update(maximize="no")), "must be True or False"),
+    "a tower without numbers": (
+        another_dict(lambda d: d["param_groups"][0].update(tower=d["param_groups"][0]["tower"].to("meta"))),
+        "the tower of param group 0 is on the device meta",
+    ),
+    "a sparse state": (
+        another_dict(lambda d: d["state"][1].update(exp_avg=d["state"][1]["exp_avg"].to_sparse())),
+        "exp_avg of parameter 1 of group 0 is torch.sparse_coo, but must be dense",
+    ),
     "no parameters": (another_dict(lambda d: d["param_groups"][0].pop("params")), "param group 0 has no 'params'"),
     "no policy": (another_dict(lambda d: d["param_groups"][0].pop("nonfinite")), "param group 0 has no 'nonfinite'"),
     "another policy": (another_dict(lambda d: d["param_groups"][0].update(nonfinite="stop")), "nonfinite is 'stop'"),

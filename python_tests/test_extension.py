@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -141,7 +142,7 @@ def test_the_class_of_a_loaded_rule(plain):
         level(lr=-1)
 
 
-@pytest.mark.parametrize("name", ["learn", "params", "betas", "values", "rule", "lambda"])
+@pytest.mark.parametrize("name", ["learn", "params", "betas", "initial_lr", "values", "rule", "lambda"])
 def test_what_a_hyperparameter_cannot_be_called(monkeypatch, name):
     hypers = [{**RULES["sgd"]["hypers"][0], "name": name}]
     monkeypatch.setitem(RULES, "odd", {**RULES["sgd"], "name": "odd", "hypers": hypers})
@@ -164,8 +165,14 @@ def test_check_rule_finds_what_is_wrong(plain):
     with pytest.raises(AssertionError, match="the parameters: the largest difference") as failure:
         check_rule(plain, twin=twin, hyper={"lr": 0.1})
     assert failure.value.__notes__ == ["in hyperopt_ext.testing: hypergradients_equal_autograd(plain, {}, 1)"]
-    with pytest.raises(AssertionError, match="hyper must give lr for plain, not lr, eps"):
-        check_rule(lambda eps=0, **kw: plain(**kw), twin=twin, hyper={"lr": 0.1, "eps": 0.1})
+    for arguments, error, words in (
+        ({"level": plain()}, TypeError, r"level must be a class, as Plain, not Plain\(lr=0.001\)"),
+        ({"hyper": {"lr": 0.1, "eps": 0.1}}, ValueError, "hyper must give lr, not lr, eps"),
+        ({"twin": lambda w, *_: w}, TypeError, "twin must return the new w and the new state, not a Tensor"),
+        ({"twin": lambda w, *_: (w, {"m": w})}, ValueError, "that twin returns must hold nothing, not m"),
+    ):
+        with pytest.raises(error, match=f"check_rule: .*{words}"):
+            check_rule(**{"level": plain, "twin": twin, "hyper": {"lr": 0.1}, **arguments})
 
 
 ONE_STATE = [
@@ -190,6 +197,11 @@ BROKEN = {
     "a_number": ([("return 0.0 * w", "return 0.0")], "penalty() must return a dual number"),
     "few_names": ([*ONE_STATE, ('{"m"}', "{}"), ("pack()", "pack(m)")], "and as many as the array is long"),
     "taken_state": ([*ONE_STATE, ('{"m"}', '{"tick"}'), ("pack()", "pack(m)")], "a state cannot be called step, tick"),
+    "out_of_order": (
+        [("{ lr }", "{ other, lr }"), ("get<lr>(h)", "get<0>(h)"), ("bit(lr)", "bit(0)")],
+        "the enum must name the hyperparameters in the order of 'hypers'",
+    ),
+    "out_of_bounds": ([("pack(get<lr>(h))", "pack(get<lr>(h) * get<1>(h))")], "that 'hypers' does not have"),
     "out_of_range": ([("1e-3, 0,", "-1e-3, 0,")], "a hyperparameter must have low <= initial < high"),
 }
 
@@ -213,6 +225,49 @@ def test_an_error_in_a_rule_is_shown_with_its_line(tmp_path):
     (tmp_path / "wrong.h").write_text(rule_text("wrong", ("* e); }", "* e + gradient); }")))
     with pytest.raises(RuntimeError, match=r"^wrong\.h does not compile:\n  wrong\.h:17: .gradient. was not declared"):
         hx.extension.load_rule("wrong.h")
+    with pytest.raises(RuntimeError, match=r"a rule is made of \+ - \* /, sqrt, pow, max, sign, where and constant"):
+        hx.extension.load_rule("wrong.h")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("by_sign", "get<0>(p) * sign(e)"),
+        ("by_sign_of_w", "get<0>(p) * (e + 0.1 * sign(w))"),
+        ("by_condition", "get<0>(p) * where(e.value > 0.1, 1.0, 0.0 * get<0>(p)) + 0.0 * e"),
+        ("by_condition_of_w", "get<0>(p) * where(w.value > 0.5, 2.0 * e, e) + 0.0 * w"),
+    ],
+)
+def test_what_a_rule_reads_without_a_slope_is_kept(tmp_path, name, change):
+    changes = [("const E& e, const W&)", "const E& e, const W& w)"), ("-(get<0>(p) * e)", f"-({change})")]
+    (tmp_path / f"{name}.h").write_text(rule_text(name, *changes))
+    level = hx.extension.load_rule(f"{name}.h")
+    stack = level(lr=0.1) / hx.SGD(lr=1e-3)
+    results = []
+    p = torch.nn.Parameter(torch.linspace(-1, 1, 7, dtype=torch.float64))
+    opt, tower = hx.HyperOptimizer([p], stack), hx.functional.tower(stack)
+    params, state = tower.init({"p": p})
+    for _ in range(5):
+        p.grad = 2 * p.detach()
+        opt.step()
+        params, state = tower.step(params, {"p": 2 * params["p"]}, state)
+        results.append([opt.hyperparameters()[0]["lr"].item(), tower.hyperparameters(state)[0]["lr"].item()])
+    assert results[-1][0] != 0.1
+    torch.testing.assert_close(*torch.tensor(results, dtype=torch.float64).T, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("letter", "change"),
+    [("e", "where(e.value > 0.1, 1.0, 0.0 * get<0>(p))"), ("w", "where(w.value > 0.5, 2.0 * e, e)")],
+)
+def test_what_a_rule_reads_by_a_condition_alone_is_an_error(tmp_path, letter, change):
+    changes = [("const E& e, const W&)", "const E& e, const W& w)"), ("-(get<0>(p) * e)", f"-(get<0>(p) * {change})")]
+    (tmp_path / "hides.h").write_text(rule_text(f"hides_{letter}", *changes))
+    words = (
+        rf"'hides_{letter}' whose change\(\) depends on {letter} by a condition alone, .*; add 0\.0 \* {letter} to what"
+    )
+    with pytest.raises(ValueError, match=words):
+        hx.extension.load_rule("hides.h")
 
 
 def test_what_a_rule_includes_is_part_of_it(tmp_path):
@@ -317,8 +372,15 @@ def test_what_is_no_library(tmp_path):
         extension.load_rule("missing.h")
     with pytest.raises(FileNotFoundError, match=r"there is no header .*missing\.h"):
         extension.rule_extension("package._rules", ["missing.h"])
-    with pytest.raises(TypeError, match=r"headers must be a list of paths, as \['plain.h'\]"):
-        extension.build_rules("plain.h")
+    with pytest.raises(
+        FileNotFoundError, match=r"there is no extension no_such_package\._rules; was its package built"
+    ):
+        extension.load_rules("no_such_package._rules")
+    for make in (extension.build_rules, partial(extension.rule_extension, "package._rules")):
+        with pytest.raises(TypeError, match=r"headers must be a list of paths, as \['plain.h'\]"):
+            make("plain.h")
+        with pytest.raises(ValueError, match="headers must name at least one header"):
+            make([])
     with pytest.raises(ValueError, match="no rule is called 'unheard_of'; load_rule"):
         extension.level_class("unheard_of")
 
@@ -351,10 +413,8 @@ contract.h(132): error: static assertion failed with "hyperopt_ext: the rule has
 
 def test_errors_of_nvcc_are_understood():
     assert extension._errors(NVCC) == "  the rule has no 'static auto penalty(p, w)'"
-    assert (
-        extension._errors('/a/mine.h(9): error: identifier "x" is undefined')
-        == '  mine.h:9: identifier "x" is undefined'
-    )
+    own = extension._errors('/a/mine.h(9): error: identifier "x" is undefined')
+    assert own.splitlines()[0] == '  mine.h:9: identifier "x" is undefined'
     assert extension._errors("ninja: out of memory") == "ninja: out of memory"
 
 

@@ -81,6 +81,85 @@ def test_a_group_that_was_taken_out_is_not_trained():
     assert [torch.equal(p, q) for p, q in zip(params, before, strict=True)] == [False, True, False]
 
 
+def leave_and_join(opt, p, step):
+    """What is done to the groups before a step."""
+    if step == 3:
+        del opt.param_groups[0]
+        opt.add_param_group({"params": [p]})
+
+
+def leave_and_return(opt, p, step):
+    if step == 3:
+        opt.param_groups[0]["params"].pop()
+    if step == 6:
+        opt.param_groups[0]["params"].append(p)
+
+
+def change_the_group(opt, p, step):
+    if step == 3:
+        opt.param_groups[1]["params"].append(opt.param_groups[0]["params"].pop())
+
+
+@pytest.mark.parametrize("change", [leave_and_join, leave_and_return, change_the_group])
+@pytest.mark.parametrize(
+    ("method", "options", "more"),
+    [
+        ("Adam", {}, {}),
+        ("Adam", {}, {"learn": "lr"}),
+        ("Adam", {}, {"horizon": 3}),
+        ("AdamW", {"weight_decay": 0.1}, {}),
+        ("SGD", {"momentum": 0.9}, {}),
+        ("RMSprop", {}, {}),
+    ],
+)
+def test_a_parameter_that_leaves_its_group_has_all_of_its_state(method, options, more, change):
+    """The moments of a learning tower are one step behind."""
+    results = []
+    for make in (
+        lambda groups: hx.HyperOptimizer(groups, getattr(hx, method)(lr=0.1, **options, **more) / hx.SGD(lr=0.0)),
+        lambda groups: getattr(torch.optim, method)(groups, lr=0.1, **options),
+    ):
+        p, q = (torch.nn.Parameter(torch.tensor([x, 1.0], dtype=torch.float64)) for x in (1.0, 2.0))
+        opt = make([{"params": [p]}, {"params": [q]}])
+        for step in range(9):
+            change(opt, p, step)
+            for w in (p, q):
+                w.grad = torch.sin((step + 1) * w.detach())
+            opt.step()
+        results.append((p, q))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+
+
+def test_a_tensor_with_a_tower_of_its_own_leaves_with_all_of_its_state():
+    results = []
+    for make in (
+        lambda groups: hx.HyperOptimizer(groups, hx.Adam(lr=0.1, granularity="tensor") / hx.SGD(lr=0.0)),
+        lambda groups: torch.optim.Adam(groups, lr=0.1),
+    ):
+        params = [torch.nn.Parameter(torch.tensor([x, 1.0], dtype=torch.float64)) for x in (1.0, 2.0, 3.0)]
+        opt = make([{"params": params[:2]}, {"params": params[2:]}])
+        for step in range(6):
+            leave_and_join(opt, params[1], step)  # and params[0] stays away
+            for w in params:
+                w.grad = torch.sin((step + 1) * w.detach())
+            opt.step()
+        results.append(params)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+
+
+def test_what_a_parameter_did_in_another_group_says_nothing_of_this_one():
+    p, q = (torch.nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
+    opt = hx.HyperOptimizer([{"params": [p]}, {"params": [q]}], hx.SGD(lr=0.1) / hx.SGD(lr=1e-2))
+    for moved in (False, True):
+        if moved:
+            opt.param_groups[1]["params"].append(opt.param_groups[0]["params"].pop())
+        p.grad, q.grad = torch.ones_like(p), torch.zeros_like(q)
+        opt.step()
+    assert opt.hyperparameters(1)[0]["lr"] == 0.1
+
+
 def test_without_a_group_it_loads_what_was_saved_without_it():
     params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
     opt, other = (

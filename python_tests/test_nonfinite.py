@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from cases import CASES
 from problems import Regression
 from stacks import STACK, every_learning_stack, same, values
 
@@ -149,3 +150,47 @@ def test_a_gradient_that_is_not_finite_holds_no_tower_but_its_own():
         opt.step()
     assert opt.skipped_steps().tolist() == [0, 1]
     assert opt.held_steps().tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_an_infinite_weight_stays_and_disturbs_no_other(case, dtype, decay):
+    """As a bias that masks: it has no gradient, and no decay makes it NaN."""
+    options = {**case.options[0], "lr": 0.1, "weight_decay": decay}
+    if "weight_decay" not in case.names:
+        options.pop("weight_decay")
+    results = []
+    for start in ([1.0, -0.5], [1.0, -0.5, -torch.inf, torch.inf]):
+        for stack in (
+            case.make(**options),
+            case.make(**options) / hx.SGD(lr=1e-4),
+            case.make(**options, learn="lr", space={"lr": "log"}, horizon=3, trust=0.1) / hx.SGD(lr=1e-3),
+        ):
+            p = torch.nn.Parameter(torch.tensor(start, dtype=dtype))
+            opt = hx.HyperOptimizer([p], stack)
+            for _ in range(4):
+                p.grad = torch.tensor([0.3, 0.2, 0.0, 0.0][: len(start)], dtype=dtype)
+                opt.step()
+            assert opt.skipped_steps() == opt.held_steps() == 0
+            results.append((p.detach(), values(opt)))
+    half = len(results) // 2
+    for (alone, expected), (beside, got) in zip(results[:half], results[half:], strict=True):
+        assert beside[2:].tolist() == [-torch.inf, torch.inf]
+        torch.testing.assert_close(beside[:2], alone, rtol=1e-6, atol=1e-12)
+        for a, b in zip(expected, got, strict=True):
+            assert b == pytest.approx(a, rel=1e-6)
+
+
+def test_weights_whose_norm_overflows_do_not_lift_the_cap():
+    """Each of them is finite, and counts; what they add up to is not."""
+    p = torch.nn.Parameter(torch.full((1024,), 1e18))
+    p.data[:2] = torch.tensor([1.0, -torch.inf])
+    opt = hx.auto([p])
+    steps(opt, p, [1.0] * 3)
+    assert p.detach().abs().median() < 1.1e18
+    q = torch.nn.Parameter(torch.tensor([1.0, torch.finfo(torch.float32).min]))
+    opt = hx.auto([q])
+    q.grad = torch.tensor([1.0, 0.0])
+    opt.step()
+    assert 0.5 < q[0] < 1

@@ -335,6 +335,11 @@ WRONG = [
     ),
     (lambda: loaded({**hx.Recorder(optimizer(hx.Adam())).state_dict(), "calls": "3"}), ValueError, "whole numbers of"),
     (lambda: optimizer(hx.Lion()).export(), TypeError, "torch.optim has no Lion"),
+    (
+        lambda: hx.auto([torch.nn.Parameter(torch.ones(1))]).export(),
+        ValueError,
+        "shows in its first step; make one first",
+    ),
     (lambda: optimizer(hx.AdaBelief()).export(), TypeError, "torch.optim has no AdaBelief"),
     (lambda: optimizer(hx.compat.gdtuo.Adam()).export(), TypeError, "or an initial_state"),
     (lambda: optimizer(hx.RMSprop(eps_root=0.1)).export(), TypeError, "which no torch.optim optimizer has"),

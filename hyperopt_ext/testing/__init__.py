@@ -23,14 +23,14 @@ Needs nothing but torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from hyperopt_ext.stack import Level
+from hyperopt_ext.stack import RULES, Level
 from hyperopt_ext.testing.checks import Case, all_checks
-from hyperopt_ext.testing.reference import ReferenceTower, Twin, larger, safe_sqrt
+from hyperopt_ext.testing.reference import ReferenceTower, State, Twin, larger, safe_sqrt
 
 __all__ = ["Case", "ReferenceTower", "Twin", "all_checks", "check_rule", "larger", "safe_sqrt"]
 
@@ -63,11 +63,29 @@ def check_rule(
 
     Raises:
         AssertionError: a property does not hold; a note says which one.
+        TypeError: ``level`` is no class or function, or the twin does not return two things.
+        ValueError: ``hyper``, or the state that the twin returns, is not that of the rule.
 
     For a test of each property, as pytest's ``parametrize`` makes them, see :func:`all_checks`.
     """
-    case = Case("", level, twin, published, tuple(dict(o) for o in options), dict(hyper), jumps)
-    case = replace(case, rule=case.level().rule)
+    if isinstance(level, Level):
+        raise TypeError(f"check_rule: level must be a class, as {type(level).__name__}, not {level!r}")
+    rule = RULES[level().rule]
+    if sorted(hyper) != sorted(names := [h["name"] for h in rule["hypers"]]):
+        raise ValueError(f"check_rule: hyper must give {', '.join(names)}, not {', '.join(hyper)}")
+
+    def checked(w: Tensor, g: Tensor, state: State, h: State, step: int) -> tuple[Tensor, State]:
+        result = twin(w, g, state, h, step)
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise TypeError(f"check_rule: twin must return the new w and the new state, not a {type(result).__name__}")
+        if sorted(result[1]) != sorted(rule["state"]):
+            expected = ", ".join(rule["state"]) or "nothing"
+            raise ValueError(
+                f"check_rule: the state that twin returns must hold {expected}, not {', '.join(result[1])}"
+            )
+        return result
+
+    case = Case(rule["name"], level, checked, published, tuple(dict(o) for o in options), dict(hyper), jumps)
     for name, check in all_checks(case).items():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

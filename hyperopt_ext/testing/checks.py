@@ -205,7 +205,8 @@ def traces_are_discounted_sums(case: Case, learn: Sequence[str]) -> None:
         opt.step()
         assert_near(p.detach(), expected, f"{case}: the parameters after step {step}", 1e-12)
         for name, trace in traces.items():
-            torch.testing.assert_close(opt.state[p][f"trace_{name}"], trace, rtol=1e-9, atol=1e-12, msg=name)
+            text = f"{case}: trace_{name} after step {step} is not the discounted sum of the derivatives"
+            torch.testing.assert_close(opt.state[p][f"trace_{name}"], trace, rtol=1e-9, atol=1e-12, msg=text)
 
 
 def fp32_hypergradients_are_close_to_fp64(case: Case) -> None:
@@ -404,7 +405,10 @@ def equals_a_tower_of_plain_autograd(stack: Stack, twins: Mapping[str, Twin], st
     for i in range(steps):
         reference.step(partial(problem.loss_of, i))
         problem.train(opt, range(i, i + 1))
-    assert_same(problem.model.parameters(), opt.hyperparameters(), reference.params, reference.hyperparameters())
+        expected = reference.hyperparameters()
+        if not all(abs(value) < 1e50 for level in expected for value in level.values()):
+            return  # a tower without safeguards may run away: it is compared up to there
+        assert_same(problem.model.parameters(), opt.hyperparameters(), reference.params, expected)
     assert opt.skipped_steps() == 0
 
 

@@ -75,7 +75,7 @@ def assert_same(
             values = value if isinstance(value, list) else [value]
             got = level[name].reshape(-1).tolist()
             for x, y in zip(got, values, strict=True):
-                assert_close(x, y, f"{name} of level {k}", tolerance, floor=1e-300)
+                assert_close(x, y, f"{name} of level {k}", tolerance, floor=1e-100)
 
 
 def assert_raises(message: str, call: Callable[[], object]) -> None:

@@ -529,7 +529,7 @@ def errors():
         zero.load_state_dict(whole_opt.state_dict())
     with pytest.raises(TypeError, match="state_dict must be what state_dict"):
         zero.load_state_dict([])
-    with pytest.raises(ValueError, match="state_dict has no 'state'"):
+    with pytest.raises(ValueError, match="state_dict has no dict 'state'"):
         zero.load_state_dict({"param_groups": whole_opt.state_dict()["param_groups"]})
     _, trained_opt = alone(STACKS["adamw"], 2)
     for key in range(4):  # of which each process takes some

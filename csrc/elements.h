@@ -80,6 +80,7 @@ HX_FN auto change(const P& p, const E& e, const W& w, const Pack<S...>& state) {
 // One step of an element from the state before it, which is what is stored if the rule defers its state.
 template <class R, unsigned Keep, class P, class X, class Before>
 HX_FN void make_step(const P& p, const X& x, std::int64_t i, const Before& before) {
+  const auto start = x.w[i];
   const auto w = x.param(i);
   const auto e = x.grad(i) + R::penalty(p, w);
   const auto after = advance<R>(p, e, before);
@@ -88,8 +89,8 @@ HX_FN void make_step(const P& p, const X& x, std::int64_t i, const Before& befor
   else
     x.set_state(i, after);
   if constexpr ((Keep & kGrad) != 0) x.last_g[i] = e.value;
-  if constexpr ((Keep & kParam) != 0) x.last_w[i] = x.w[i];
-  x.w[i] += change<R>(p, e, w, after).value;
+  if constexpr ((Keep & kParam) != 0) x.last_w[i] = start;
+  x.w[i] = start + change<R>(p, e, w, after).value;
 }
 
 // The change that make_step() would make.
@@ -103,12 +104,13 @@ HX_FN auto coming_change(const P& p, const X& x, std::int64_t i, const Before& b
 // One step of an element without a record; its change, with the derivatives that go into the traces.
 template <class R, class P, class X>
 HX_FN auto make_traced_step(const P& p, const X& x, std::int64_t i) {
+  const auto start = x.w[i];
   const auto w = x.param(i);
   const auto e = x.grad(i) + R::penalty(p, w);
   const auto after = advance<R>(p, e, x.state(i));
   const auto delta = change<R>(p, e, w, after);
   x.set_state(i, after);
-  x.w[i] += delta.value;
+  x.w[i] = start + delta.value;
   return delta;
 }
 

@@ -85,6 +85,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("SKIPPED") = int(kSkipped);
   m.attr("HELD") = int(kHeld);
   m.attr("SCHEDULE") = int(kSchedule);
+  m.attr("ARRIVED") = int(kArrived);
   m.attr("SPACE_BITS") = kSpaceBits;
   m.def("spaces", [] { return std::vector<std::string>(kSpaces.begin(), kSpaces.end()); });
   m.def("rules", [] {

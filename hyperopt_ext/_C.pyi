@@ -21,6 +21,7 @@ TICKING: int
 SKIPPED: int
 HELD: int
 SCHEDULE: int
+ARRIVED: int
 SPACE_BITS: int
 SETTINGS: list[str]
 PLAN: list[str]

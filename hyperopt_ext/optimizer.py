@@ -625,6 +625,7 @@ class HyperOptimizer(Optimizer):
         saved = [dict(group) for group in groups]
         for group, mine, schedule in zip(groups, own, schedules, strict=True):
             mine["tower"].copy_(group["tower"])
+            mine["tower"][:, _C.ARRIVED].zero_()  # blocks on a GPU, if it was copied while they were at work
             group.update(mine)
             if schedule is not None and "initial_lr" not in group:  # made for the run that goes on from here
                 group.update(lr=schedule[0], initial_lr=schedule[1])

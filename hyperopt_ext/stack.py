@@ -464,6 +464,8 @@ class Stack:
             return cls((stack,))
         if isinstance(stack, Stack):
             return stack
+        if isinstance(stack, Optimizer) or (isinstance(stack, type) and issubclass(stack, Optimizer)):
+            return _not_a_level(stack)
         if isinstance(stack, type):
             raise TypeError(
                 f"stack must be a level or a stack, and {stack.__name__} is a class: write it with parentheses"

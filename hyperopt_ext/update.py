@@ -27,7 +27,7 @@ def is_capturing(t: Tensor) -> bool:
 
 
 def check_no_module(params: object) -> None:
-    if isinstance(params, torch.nn.Module):
+    if isinstance(params, torch.nn.Module) and not isinstance(params, torch.nn.ParameterList):
         raise TypeError(f"params are those of the {type(params).__name__}: write model.parameters()")
 
 

@@ -41,8 +41,8 @@ class Wrap(Level):
 
     State per parameter: ``trace_lr`` and ``trace_weight_decay``, those that are learned, fp32 (fp64 of fp64
     parameters). Of half-precision parameters they are made of updates that were rounded to it, so that what is too
-    small to move a parameter counts as nothing. The optimizer's own state stays its own, and is part of
-    :meth:`HyperOptimizer.state_dict`.
+    small to move a parameter counts as nothing. The optimizer's own state stays its own, in
+    ``opt.param_groups[i]["optimizer"].state``, and is part of :meth:`HyperOptimizer.state_dict`.
 
     The optimizer is given its lr and weight decay as numbers, for which the host waits once a step, and sits out a step
     whose gradient is not finite. One with ``capturable=True``, of which only lr is learned and which has no

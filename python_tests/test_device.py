@@ -6,6 +6,7 @@ Where there is nvcc, also as the PTX that it makes of them.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from problems import relative_error
 
 import hyperopt_ext as hx
+from hyperopt_ext import _C
 from hyperopt_ext.stack import RULES
 
 every_rule = pytest.mark.parametrize("case", CASES, ids=str)
@@ -143,7 +145,9 @@ def test_traces_of_every_rule(device, case):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("level", [hx.Adam(lr=0.01), hx.AdamW(lr=0.01), hx.SGD(lr=0.01)], ids=str)
+@pytest.mark.parametrize(
+    "level", [hx.Adam(lr=0.01), hx.AdamW(lr=0.01), hx.SGD(lr=0.01), hx.Adam(lr=0.01, horizon=3, trust=0.1)], ids=repr
+)
 def test_half_precision(device, level, dtype):
     """All but the rounding of the parameters themselves is exact, so they agree but for single last bits."""
     both(device, lambda: train(level / hx.SGD(lr=1e-9), shaped(dtype)), TOLERANCE[dtype], 1e-4)
@@ -154,6 +158,20 @@ def test_half_precision(device, level, dtype):
 def test_random_towers(device, stack, foreign):
     """Safeguards, granularities and horizons, with any rules treated as if they came from another library."""
     both(device, lambda: train(stack, shaped(torch.float64)[:6], steps=6), 1e-9, 1e-6, tuple(foreign))
+
+
+def test_a_count_of_blocks_that_was_cut_short_is_mended(device):
+    """By a launch that failed, or by a copy of the tower that was made in the middle of a pass."""
+    with on(device):
+        opt = train(hx.Adam(lr=0.01) / hx.SGD(lr=1e-9), shaped(torch.float64))
+        arrived = opt.param_groups[0]["tower"].view(torch.int64)[0, _C.ARRIVED]
+        arrived.fill_(3)
+        opt.step()
+        assert arrived == 0
+        state_dict = copy.deepcopy(opt.state_dict())
+        state_dict["param_groups"][0]["tower"].view(torch.int64)[0, _C.ARRIVED] = 3
+        opt.load_state_dict(state_dict)
+        assert arrived == 0
 
 
 def test_more_tensors_and_towers_than_fit_into_a_launch(device):

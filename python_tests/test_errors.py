@@ -116,6 +116,7 @@ def param(*shape, **kw):
             "write model.parameters",
         ),
         (lambda: hx.HyperOptimizer([param()], hx.Adam), TypeError, "Adam is a class: write it with parentheses"),
+        (lambda: hx.HyperOptimizer([param()], torch.optim.Adam), TypeError, r"hx.Wrap\(torch.optim.Adam, lr=...\)"),
         (lambda: hx.HyperOptimizer(hx.Adam(), [param()]), TypeError, "in the wrong order"),
         (
             lambda: torch.optim.Adam([param()]) / hx.SGD(),

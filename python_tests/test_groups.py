@@ -311,3 +311,8 @@ def test_a_group_keeps_its_stack():
         problem.train(opt, range(1))
     problem.train(opt, range(2))
     opt.load_state_dict(opt.state_dict())
+
+
+def test_a_list_of_parameters_may_be_a_module():
+    params = torch.nn.ParameterList([torch.ones(2), torch.ones(3)])
+    assert len(hx.HyperOptimizer(params, hx.SGD()).param_groups[0]["params"]) == 2

@@ -6,9 +6,13 @@ What it becomes is run in ``test_device.py``.
 from __future__ import annotations
 
 import re
+import subprocess
 
 import pytest
-from emulation import RULES, UNITS, compiled
+from emulation import CSRC, RULES, UNITS, compiled
+from torch.utils import cpp_extension
+
+from hyperopt_ext import _build
 
 
 @pytest.mark.nvcc
@@ -21,6 +25,20 @@ def test_a_unit_compiles_without_spills(name):
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert len(spills) >= len(kernels)
     assert {n for pair in spills for n in map(int, pair)} == {0}
+
+
+@pytest.mark.nvcc
+def test_a_function_that_is_not_for_devices_is_an_error(tmp_path):
+    """nvcc would drop the calls with a warning, and the kernels would do something else."""
+    text = (CSRC / "rules" / "sgd.h").read_text().replace("HX_FN static auto change", "static auto change")
+    header = tmp_path / "host.h"
+    header.write_text(text.replace("../rule.h", "rule.h").replace("HX_REGISTER_RULE(MomentumSGD", "// "))
+    (tmp_path / "host.cu").write_text('#include "cuda/register.cuh"\n#include "host.h"\n')
+    folders = [f"-I{folder}" for folder in (CSRC, tmp_path, *cpp_extension.include_paths())]
+    command = ["nvcc", "host.cu", "-ptx", *_build.NVCC_FLAGS, "-std=c++17", "-arch=sm_90", *folders]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert re.search(r"error.*calling a __host__ function.*is not allowed", result.stdout + result.stderr)
 
 
 @pytest.mark.nvcc

@@ -41,7 +41,7 @@ using Constant = Dual<double, 0>;
 template <class R>
 using Prepare = decltype(R::prepare(std::declval<const HypersOf<R, kAllHypers<R>>&>(), 1.0));
 template <class R>
-using Lr = decltype(int(R::lr));
+using Lr = std::enable_if_t<std::is_enum_v<decltype(R::lr)>>;
 template <class R, class P>
 using Penalty = decltype(R::penalty(std::declval<const P&>(), std::declval<const Constant&>()));
 template <class R, class P, class... S>

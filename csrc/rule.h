@@ -14,7 +14,7 @@
 // They are templates with a parameter for each argument, since each may carry other directions, and they are made of
 // what dual.h has: + - * / between duals and numbers, sqrt, pow(dual, number) and pow(number, dual), max, sign, and
 // where(condition, a, b), of duals and numbers, instead of `if`. A condition is one of `a.value`; a rule whose change()
-// depends on e, or on w, by a condition alone adds 0.0 * e, or 0.0 * w (loading it says so otherwise). prepare() counts
+// depends on e, or on w, by a condition alone adds 0.0 * e, or 0.0 * w (loading it tries that, with random numbers). prepare() counts
 // steps from 1, those of the parameter, in a double, and may branch on them; constant(number) makes one of its values.
 // Sums may be regrouped (-fassociative-math), so a term that only rounding makes is lost.
 //
@@ -248,11 +248,12 @@ HX_FN bool is_finite(T x) {
   return std::fabs(x) <= std::numeric_limits<T>::max();
 }
 
-// What an element that is not finite, or whose square is not, adds to a norm: nothing.
+// What an element adds to the square of a norm: nothing, if it is not finite or so large that a sum might not be.
 template <class T>
-HX_FN T square_if_finite(T x) {
+HX_FN T square_if_small(T x) {
+  constexpr T most = std::numeric_limits<T>::max() / T(1 << 20);
   const T square = x * x;
-  return is_finite(square) ? square : T(0);
+  return square <= most ? square : T(0);
 }
 
 // What traces are multiplied by at the `step`-th step, for derivatives of the last `horizon` steps, or, if that is more,

@@ -417,13 +417,12 @@ HX_FN void cap(const TowerView& tower, std::int64_t row) {
   // Without this factor, the learned lr would grow until it cancels that of a warm-up.
   const double schedule = tower.header(row)[kScheduled], factor = std::fabs(schedule) < 1.0 ? std::fabs(schedule) : 1.0;
   const double most = level.settings[kTrust] * factor * (size < least ? least : size);
-  const bool known = is_finite(update) && is_finite(most);
-  if (known && update <= most) return;
-  r.used[lr] *= known ? most / update : 0.0;
+  if (!(update > most)) return;
+  r.used[lr] *= most / update;
   r.bounded[lr] += 1.0;
   const double allowed = r.used[lr] / schedule;
-  // An update that cannot be measured is not made, and says nothing about the lr to learn.
-  if (!known || !level.learns(lr) || std::fabs(r.live[lr]) <= std::fabs(allowed)) return;
+  // An update whose norm overflows is not made, and says nothing about the lr to learn.
+  if (!is_finite(update) || !level.learns(lr) || std::fabs(r.live[lr]) <= std::fabs(allowed)) return;
   r.live[lr] = r.seen[lr] = allowed;
   r.x[lr] = coordinate_of(level.space(lr), allowed);
 }

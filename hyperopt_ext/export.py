@@ -63,9 +63,9 @@ def export(
         raise ValueError("export: recorder must be a Recorder of this optimizer")
     if recorder is not None and len(recorder) == 0:
         raise ValueError("export: nothing was recorded; make a step first, or export without the recorder")
-    for group in opt.param_groups:
-        if group["stack"][0].trust is not None and bool((group["tower"][:, _C.TICKS] == 0).any()):
-            raise ValueError("export: what a level with trust starts from shows in its first step; make one first")
+    capped = any(group["stack"][0].trust is not None for group in opt.param_groups)
+    if capped and not any(bool(group["tower"][:, _C.TICKS].any()) for group in opt.param_groups):
+        raise ValueError("export: what a level with trust starts from shows in its first step; make one first")
     makes = {_target(group["stack"][0]) for group in opt.param_groups}
     if len(makes) > 1:
         raise TypeError("export: the param groups have different methods; no single torch.optim optimizer has them all")

@@ -228,7 +228,9 @@ def load_rules(library: str | os.PathLike[str]) -> tuple[str, ...]:
     if isinstance(library, str) and re.fullmatch(r"\w+(\.\w+)*", library) and not path.exists():
         try:
             spec = find_spec(library)
-        except ModuleNotFoundError:  # not even its package
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{library}.".startswith(f"{error.name}."):
+                raise  # the package is there, and lacks something
             spec = None
         if spec is None or spec.origin is None:
             raise FileNotFoundError(f"there is no extension {library}; was its package built?")

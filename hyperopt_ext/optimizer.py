@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
+from operator import is_
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 from weakref import WeakValueDictionary
 
@@ -151,6 +152,7 @@ class HyperOptimizer(Optimizer):
     """
 
     _shard_group: ProcessGroup | None = None  # no part of what is copied
+    _rehearsed: Sequence[tuple[Optimizer, dict[str, Any]]] = ()  # wrapped ones, and their state before
     _rehearses = False  # the last call of step() was none, but how torch.distributed.checkpoint creates state
 
     def __init__(
@@ -315,10 +317,12 @@ class HyperOptimizer(Optimizer):
             self._rehearses = not self.state and self._is_rehearsal()
             if self._rehearses:
                 _create_state(self._key)
-                for group in self._param_groups:
-                    if "optimizer" in group:
-                        create_state(group["optimizer"])
+                wrapped = [group["optimizer"] for group in self._param_groups if "optimizer" in group]
+                self._rehearsed = [(optimizer, create_state(optimizer)) for optimizer in wrapped]
                 return loss
+            for optimizer, before in self._rehearsed:  # and nothing was loaded
+                optimizer.load_state_dict(before)
+            self._rehearsed = []
         # All gradients before any state: dynamo must not meet a parameter as a key of the state first.
         moving = [[p for p in g.group["params"] if p.grad is not None and p.requires_grad] for g in self._groups]
         if compiling:
@@ -353,6 +357,7 @@ class HyperOptimizer(Optimizer):
             or group["nonfinite"] is not g.nonfinite
             or group["tower"] is not g.tower
             or len(group["params"]) != len(g.members)
+            or (not torch.compiler.is_compiling() and not all(map(is_, group["params"], g.members)))
             for group, g in zip(groups, self._groups, strict=True)
         ):
             for g in self._groups:
@@ -360,7 +365,11 @@ class HyperOptimizer(Optimizer):
                 if not same:
                     raise ValueError("param group: its stack stays what it is; add_param_group() takes another one")
             for g in self._groups:
-                stay = [group["params"] for group in groups if group is g.group or group["tower"] is g.tower]
+                stay = [
+                    group["params"]
+                    for group in groups
+                    if group is g.group or group["tower"] is g.tower or group["params"] is g.params
+                ]
                 g.let_go({p for params in stay for p in params}, self.state, self._reduction)
             saved = [dict(group) for group in groups]
             self._attach_all()
@@ -542,6 +551,7 @@ class HyperOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch.optim. A group holds its ``tower`` (all levels) and, as a string, the structure of its stack."""
+        self._adopt_groups()
         hook = self.register_state_dict_post_hook(self._describe, prepend=True)  # before the caller's own hooks
         try:
             state_dict: dict[str, Any] = super().state_dict()
@@ -609,6 +619,7 @@ class HyperOptimizer(Optimizer):
             for optimizer, state_dict in before:
                 optimizer.load_state_dict(state_dict)
             raise
+        self._rehearsed = []
 
     def _restore(
         self,

@@ -273,9 +273,10 @@ class Group:
         states: list[dict[str, Tensor]],
         reduction: distributed.Reduction | None,
         tower: Tensor | None = None,
+        rows: list[int] | None = None,
     ) -> tuple[Any, ...]:
         """What the operators of a pass take (csrc/pass.h)."""
-        rows = self.rows(params)
+        rows = self.rows(params) if rows is None else rows
         if reduction is not None:
             params, grads = ([distributed.local(t) for t in tensors] for tensors in (params, grads))
             states = [{name: distributed.local(t) for name, t in state.items()} for state in states]
@@ -299,19 +300,32 @@ class Group:
     ) -> None:
         """Completes the state of parameters that have left the group, and takes their last update off the record.
 
-        That is what sitting a step out does, a step that none of the values takes part in.
+        That is what sitting a step out does, a step that none of the values takes part in. The parameters themselves
+        may be gone: a tensor of their state stands for each.
         """
-        gone = [
-            p for p in self.members if p not in remaining and is_state(state.get(p)) and p.device == self.tower.device
-        ]
-        if not gone or self.learn == 0 or self.stack[0].is_traced():
-            return
-        tower, n = self.tower.clone(), len(self.hyperparameters[0])
-        tower[:, _C.TICKS] += 1.0
-        tower[:, _C.TICKING] = 1.0
-        used, previous = (slice(start, start + n) for start in (self.start_of_used, self.start_of_used + n))
-        tower[:, previous] = self.tower[:, used]
-        self.settle(*self.arguments(gone, gone, [state[p] for p in gone], reduction, tower))
+        gone = [p for p in self.members if p not in remaining and is_state(state.get(p))]
+        deferred: list[Tensor] = []
+        for p in gone:
+            own = state[p]
+            for name in self.records:
+                if name.startswith("trace_") and name in own:
+                    own[name].zero_()
+            whole = all(name in own for name in self.state_names()) and (self.row_of is None or p in self.row_of)
+            like = own.get("last_grad")
+            if whole and like is not None and like.device == self.tower.device:
+                deferred += [p] if all(own[name].shape == like.shape for name in (*self.states, *self.records)) else []
+        if deferred:
+            tower, n = self.tower.clone(), len(self.hyperparameters[0])
+            tower[:, _C.TICKS] += 1.0
+            tower[:, _C.TICKING] = 1.0
+            used, previous = (slice(start, start + n) for start in (self.start_of_used, self.start_of_used + n))
+            tower[:, previous] = self.tower[:, used]
+            states = [state[p] for p in deferred]
+            like = [own.get("last_param", own["last_grad"]) for own in states]
+            self.settle(*self.arguments(like, like, states, reduction, tower, self.rows(deferred)))
+        for p in gone:
+            if isinstance(tick := state[p].get("tick"), Tensor):
+                tick.fill_(-1)
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
         start = {"step": 0, "tick": -1, **self.states, **dict.fromkeys(self.records, 0)}

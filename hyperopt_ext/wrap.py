@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Collection
+from copy import deepcopy
 from dataclasses import MISSING, fields
 from functools import partial
 from typing import Any
@@ -182,15 +183,27 @@ class Wrap(Level):
         return f"Wrap({self}, {', '.join(f'{name}={value!r}' for name, value in own.items())})"
 
 
-def create_state(optimizer: Optimizer) -> None:
-    """Makes an optimizer create its state, by a step with the gradients of 0 that it finds and an lr of 0."""
+def create_state(optimizer: Optimizer) -> dict[str, Any]:
+    """Makes an optimizer create its state, by a step with the gradients of 0 that it finds; parameters stay.
+
+    Returns:
+        Its state dict from before, which undoes that: it may have counted the step.
+    """
     [group] = optimizer.param_groups
-    lr = group["lr"]
-    group["lr"] = torch.zeros_like(lr) if isinstance(lr, Tensor) else 0.0
+    before = deepcopy(optimizer.state_dict())
+    params = [p.detach().clone() for p in group["params"]]
+    own = dict(group)
+    if "weight_decay" in group:
+        group["weight_decay"] = 0.0
     try:
         optimizer.step()
+    except Exception:  # one that cannot make a step of nothing is left without state
+        optimizer.load_state_dict(before)
     finally:
-        group["lr"] = lr
+        group.update(own)
+        for p, start in zip(group["params"], params, strict=True):
+            p.copy_(start)
+    return before
 
 
 class _WrappedStep:

@@ -235,6 +235,7 @@ def test_an_error_in_a_rule_is_shown_with_its_line(tmp_path):
         ("by_sign", "get<0>(p) * sign(e)"),
         ("by_sign_of_w", "get<0>(p) * (e + 0.1 * sign(w))"),
         ("by_condition", "get<0>(p) * where(e.value > 0.1, 1.0, 0.0 * get<0>(p)) + 0.0 * e"),
+        ("by_nothing_but_rounding", "where(e.value > 0.0, get<0>(p) * e / 3.0, get<0>(p) * (e / 3.0))"),
         ("by_condition_of_w", "get<0>(p) * where(w.value > 0.5, 2.0 * e, e) + 0.0 * w"),
     ],
 )
@@ -258,7 +259,12 @@ def test_what_a_rule_reads_without_a_slope_is_kept(tmp_path, name, change):
 
 @pytest.mark.parametrize(
     ("letter", "change"),
-    [("e", "where(e.value > 0.1, 1.0, 0.0 * get<0>(p))"), ("w", "where(w.value > 0.5, 2.0 * e, e)")],
+    [
+        ("e", "where(e.value > 0.1, 1.0, 0.0 * get<0>(p))"),
+        ("e", "where(e.value * e.value < 1e-8, 1.0, 0.0 * get<0>(p))"),
+        ("w", "where(w.value > 0.5, 2.0 * e, e)"),
+        ("w", "where(w.value * w.value > 1e6, 2.0 * e, e)"),
+    ],
 )
 def test_what_a_rule_reads_by_a_condition_alone_is_an_error(tmp_path, letter, change):
     changes = [("const E& e, const W&)", "const E& e, const W& w)"), ("-(get<0>(p) * e)", f"-(get<0>(p) * {change})")]

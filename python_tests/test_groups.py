@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -100,7 +101,15 @@ def change_the_group(opt, p, step):
         opt.param_groups[1]["params"].append(opt.param_groups[0]["params"].pop())
 
 
-@pytest.mark.parametrize("change", [leave_and_join, leave_and_return, change_the_group])
+def change_places(opt, p, step):
+    if step == 3:
+        a, b = (group["params"] for group in opt.param_groups)
+        a[0], b[0] = b[0], a[0]
+    if step == 6:
+        del opt.param_groups[0]
+
+
+@pytest.mark.parametrize("change", [leave_and_join, leave_and_return, change_the_group, change_places])
 @pytest.mark.parametrize(
     ("method", "options", "more"),
     [
@@ -149,9 +158,10 @@ def test_a_tensor_with_a_tower_of_its_own_leaves_with_all_of_its_state():
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
 
 
-def test_what_a_parameter_did_in_another_group_says_nothing_of_this_one():
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_what_a_parameter_did_in_another_group_says_nothing_of_this_one(horizon):
     p, q = (torch.nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
-    opt = hx.HyperOptimizer([{"params": [p]}, {"params": [q]}], hx.SGD(lr=0.1) / hx.SGD(lr=1e-2))
+    opt = hx.HyperOptimizer([{"params": [p]}, {"params": [q]}], hx.SGD(lr=0.1, horizon=horizon) / hx.SGD(lr=1e-2))
     for moved in (False, True):
         if moved:
             opt.param_groups[1]["params"].append(opt.param_groups[0]["params"].pop())
@@ -316,3 +326,56 @@ def test_a_group_keeps_its_stack():
 def test_a_list_of_parameters_may_be_a_module():
     params = torch.nn.ParameterList([torch.ones(2), torch.ones(3)])
     assert len(hx.HyperOptimizer(params, hx.SGD()).param_groups[0]["params"]) == 2
+
+
+def resize(p, opt):
+    p.data = torch.empty(0)
+
+
+def cast(p, opt):
+    p.data = p.data.to(torch.bfloat16)
+
+
+def forget(p, opt):
+    opt.state[p].pop("exp_avg")
+
+
+def replace(p, opt):
+    params = opt.param_groups[0]["params"]
+    params[0] = torch.nn.Parameter(p.detach().clone())
+    params[0].grad = torch.ones(2)
+    opt.step()
+    opt.param_groups[0]["nonfinite"] = "skip"
+
+
+@pytest.mark.parametrize("granularity", ["group", "tensor"])
+@pytest.mark.parametrize("change", [resize, cast, forget, replace])
+def test_whatever_happened_to_a_parameter_that_leaves(change, granularity):
+    p, q = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    opt = hx.HyperOptimizer([{"params": [p]}, {"params": [q]}], hx.AdamW(granularity=granularity) / hx.SGD())
+    for i in range(4):
+        for w in (p, q):
+            w.grad = torch.ones_like(w)
+        if i == 2:
+            change(p, opt)
+            del opt.param_groups[0]
+        opt.step()
+    assert opt.state[q]["step"] == 4 + (change is replace)
+
+
+def test_what_is_saved_between_a_move_and_a_step_is_what_goes_on():
+    results = []
+    for saves in (False, True):
+        p, q = (torch.nn.Parameter(torch.tensor([x, 1.0])) for x in (1.0, 2.0))
+        groups = [{"params": [p], "betas": (0.5, 0.6)}, {"params": [q]}]
+        opt = hx.HyperOptimizer(groups, hx.Adam(lr=0.1) / hx.SGD(lr=1e-3))
+        for i in range(6):
+            if i == 3:
+                change_the_group(opt, p, i)
+                if saves:
+                    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+            for w in (p, q):
+                w.grad = torch.sin((i + 1) * w.detach())
+            opt.step()
+        results.append((p.tolist(), q.tolist()))
+    assert results[0] == results[1]

@@ -182,13 +182,33 @@ def test_an_infinite_weight_stays_and_disturbs_no_other(case, dtype, decay):
             assert b == pytest.approx(a, rel=1e-6)
 
 
-def test_weights_whose_norm_overflows_do_not_lift_the_cap():
-    """Each of them is finite, and counts; what they add up to is not."""
-    p = torch.nn.Parameter(torch.full((1024,), 1e18))
-    p.data[:2] = torch.tensor([1.0, -torch.inf])
+@pytest.mark.parametrize("size", [1e15, 1e17, 1e18, 1.8e19, 1e20, 3e38])
+def test_weights_that_are_too_large_for_a_norm_do_not_lift_the_cap(size):
+    p = torch.nn.Parameter(torch.ones(5000))
+    p.data[::2] = size
+    before = p.detach().double()
     opt = hx.auto([p])
-    steps(opt, p, [1.0] * 3)
-    assert p.detach().abs().median() < 1.1e18
+    p.grad = torch.zeros(5000)
+    p.grad[1::2] = 1.0
+    opt.step()
+    counted = before if size < 1e16 else before[1::2]
+    update = (p.detach() - before)[1::2].norm()
+    assert 0 < update <= 1.01 * opt.stack[0].trust * counted.norm()
+    assert opt.bounded_steps()[0]["lr"] == 1
+
+
+def test_the_cap_leaves_a_step_alone_that_is_nan_anyway():
+    """A stack of one level does what torch.optim does."""
+    p, q = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    opt, expected = hx.HyperOptimizer([p], hx.SGD(lr=0.01, trust=0.5)), torch.optim.SGD([q], lr=0.01)
+    for w, each in ((p, opt), (q, expected)):
+        for bad in (1.0, torch.nan):
+            w.grad = torch.tensor([bad, 1.0, 1.0])
+            each.step()
+    torch.testing.assert_close(p, q, equal_nan=True)
+
+
+def test_a_mask_of_the_least_number_leaves_the_others():
     q = torch.nn.Parameter(torch.tensor([1.0, torch.finfo(torch.float32).min]))
     opt = hx.auto([q])
     q.grad = torch.tensor([1.0, 0.0])

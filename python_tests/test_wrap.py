@@ -192,6 +192,29 @@ def test_it_resumes_bit_for_bit_by_distributed_checkpoint(wrapped, options, on_d
     assert opt.hyperparameters() == resumed.hyperparameters()
 
 
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        hx.Wrap(torch.optim.Adam, lr=0.02),
+        hx.Wrap(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1),
+        hx.Wrap(torch.optim.Adagrad, lr=0.02, initial_accumulator_value=0.1),
+        hx.Wrap(torch.optim.ASGD, lr=0.02),
+        hx.Wrap(pytorch_optimizer.Lion, lr=1e-3, weight_decay=0.1, fixed_decay=True),
+    ],
+    ids=repr,
+)
+def test_to_ask_for_its_state_before_the_first_step_changes_nothing(wrapped):
+    problem, other = Regression(5), Regression(5)
+    opt, asked = (hx.HyperOptimizer(p.model.parameters(), wrapped / hx.SGD(lr=1e-4)) for p in (problem, other))
+    get_state_dict(other.model, asked)
+    for p, q in zip(problem.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    problem.train(opt, range(5))
+    other.train(asked, range(5))
+    for p, q in zip(problem.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 def test_beside_levels_of_the_library_and_under_a_scheduler():
     """What Muon is made for: matrices with it, all else with AdamW."""
     problem = Regression(20, torch.float32)

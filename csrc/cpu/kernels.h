@@ -60,7 +60,7 @@ HX_CLONES void update(const Slice& slice, const void* prepared, const void* last
   }
 }
 
-// sums[0] += sum_i (w_new_i - w_i)^2 and sums[1] += sum_i w_i^2 (where that is finite), for the step that update() would make.
+// sums[0] += sum_i (w_new_i - w_i)^2 and sums[1] += sum_i w_i^2 (square_if_small), for the step that update() would make.
 template <class R, class A, bool Deferred>
 HX_CLONES void norms(const Slice& slice, const void* prepared, const void* last_prepared, double* sums) {
   using P = Prepared<R, A, 0>;
@@ -74,7 +74,7 @@ HX_CLONES void norms(const Slice& slice, const void* prepared, const void* last_
     const auto add = [&](std::int64_t i, const auto& before) HX_LAMBDA {
       const A delta = coming_change<R>(p, x, i, before);
       changes += delta * delta;
-      params += square_if_finite(x.w[i]);
+      params += square_if_small(x.w[i]);
     };
     if (advanced) {
       HX_INDEPENDENT

@@ -199,7 +199,7 @@ struct Norms {
             if (j >= run.n) continue;
             const A delta = coming_change<R>(p, x, j, x.state(j));
             changes += delta * delta;
-            params += square_if_finite(x.w[j]);
+            params += square_if_small(x.w[j]);
           }
         });
       }

@@ -76,14 +76,14 @@ def check_rule(
 
     def checked(w: Tensor, g: Tensor, state: State, h: State, step: int) -> tuple[Tensor, State]:
         result = twin(w, g, state, h, step)
-        if not isinstance(result, tuple) or len(result) != 2:
+        if not isinstance(result, tuple | list) or len(result) != 2:
             raise TypeError(f"check_rule: twin must return the new w and the new state, not a {type(result).__name__}")
         if sorted(result[1]) != sorted(rule["state"]):
             expected = ", ".join(rule["state"]) or "nothing"
             raise ValueError(
                 f"check_rule: the state that twin returns must hold {expected}, not {', '.join(result[1])}"
             )
-        return result
+        return result[0], result[1]
 
     case = Case(rule["name"], level, checked, published, tuple(dict(o) for o in options), dict(hyper), jumps)
     for name, check in all_checks(case).items():

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
-from operator import is_
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 from weakref import WeakValueDictionary
 
@@ -357,7 +356,7 @@ class HyperOptimizer(Optimizer):
             or group["nonfinite"] is not g.nonfinite
             or group["tower"] is not g.tower
             or len(group["params"]) != len(g.members)
-            or (not torch.compiler.is_compiling() and not all(map(is_, group["params"], g.members)))
+            or (not torch.compiler.is_compiling() and g.has_other_members())
             for group, g in zip(groups, self._groups, strict=True)
         ):
             for g in self._groups:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from operator import is_
 from typing import Any, TypeGuard
 
 import torch
@@ -293,6 +294,11 @@ class Group:
             *self.horizon,
             -1.0 if self.group["maximize"] else 1.0,
         )
+
+    def has_other_members(self) -> bool:
+        """Than it was made with, in whatever order."""
+        params = self.group["params"]
+        return not all(map(is_, params, self.members)) and {*map(id, params)} != {*map(id, self.members)}
 
     @torch.no_grad()
     def let_go(

@@ -309,17 +309,21 @@ class Group:
         That is what sitting a step out does, a step that none of the values takes part in. The parameters themselves
         may be gone: a tensor of their state stands for each.
         """
+
+        def is_whole(p: Tensor) -> bool:
+            own, known = state[p], self.row_of is None or p in self.row_of
+            if not known or "last_grad" not in self.records or not own.keys() >= {*self.state_names()}:
+                return False
+            like = own["last_grad"]
+            same = all(own[name].shape == like.shape for name in (*self.states, *self.records))
+            return same and like.device == self.tower.device
+
         gone = [p for p in self.members if p not in remaining and is_state(state.get(p))]
-        deferred: list[Tensor] = []
         for p in gone:
-            own = state[p]
             for name in self.records:
-                if name.startswith("trace_") and name in own:
-                    own[name].zero_()
-            whole = all(name in own for name in self.state_names()) and (self.row_of is None or p in self.row_of)
-            like = own.get("last_grad")
-            if whole and like is not None and like.device == self.tower.device:
-                deferred += [p] if all(own[name].shape == like.shape for name in (*self.states, *self.records)) else []
+                if name.startswith("trace_") and name in state[p]:
+                    state[p][name].zero_()
+        deferred = [p for p in gone if is_whole(p)]
         if deferred:
             tower, n = self.tower.clone(), len(self.hyperparameters[0])
             tower[:, _C.TICKS] += 1.0

@@ -407,6 +407,8 @@ def equals_a_tower_of_plain_autograd(stack: Stack, twins: Mapping[str, Twin], st
         problem.train(opt, range(i, i + 1))
         expected = reference.hyperparameters()
         if not all(abs(value) < 1e50 for level in expected for value in level.values()):
+            if i < 3:
+                raise AssertionError(f"{stack} runs away at once: nothing is compared; take other values")
             return  # a tower without safeguards may run away: it is compared up to there
         assert_same(problem.model.parameters(), opt.hyperparameters(), reference.params, expected)
     assert opt.skipped_steps() == 0

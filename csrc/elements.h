@@ -2,7 +2,8 @@
 // cpu/kernels.h and the threads of cuda/kernels.h have in common.
 #pragma once
 
-#include "rule.h"
+#include "numerics.h"
+#include "registry.h"
 
 namespace hyperopt_ext {
 namespace {  // functions with target_clones, which inline these, need internal linkage
@@ -179,7 +180,7 @@ HX_FN void pull_back(const P& p, const X& x, std::int64_t i, Above&& above, Belo
   each_direction<states>([&](auto d) HX_LAMBDA { below(2 + d - kOfState, pull(d)); });
 }
 
-// One level of a scalar tower (LevelKernel in rule.h).
+// One level of a scalar tower (LevelKernel in registry.h).
 template <class R>
 HX_FN void move_coordinates(const double* hyper, double step, int n, int begin, int end, double* x, const double* grad,
                             double* state, double* tangents) {

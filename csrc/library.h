@@ -2,7 +2,7 @@
 // includes this defines HX_HEADERS, the digest of the headers (hyperopt_ext/_build.py writes it).
 #pragma once
 
-#include "rule.h"
+#include "registry.h"
 
 namespace hyperopt_ext {
 

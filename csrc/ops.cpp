@@ -4,6 +4,7 @@
 //   R_norms          how large the coming update and the parameters are
 //   R_step_          pass B: one update, in place
 //   R_settle_        closes the record of parameters that have no gradient in this step
+//   R_check          raises what these would raise
 //   R                one update as a differentiable function of its hyperparameters, or of all that it reads
 //   R_backward       its backward to the hyperparameters
 //   R_vjp            its backward to everything
@@ -83,6 +84,13 @@ template <class F>
 void impl_devices(const std::string& name, F&& make) {
   for (const Device& device : devices())
     for (c10::DispatchKey key : device.keys) impl(name, key, make(device.backend));
+}
+
+// Registers make(&backend) for every device, and make(nullptr), which checks and allocates, as the Meta kernel.
+template <class F>
+void impl_devices_and_meta(const std::string& name, F&& make) {
+  impl_devices(name, [&](const Backend& backend) { return make(&backend); });
+  impl(name, c10::DispatchKey::Meta, make(nullptr));
 }
 
 template <class Signature>
@@ -228,6 +236,10 @@ Tensor values_of(TensorList tensors, const Tensor& like) {
   std::vector<Tensor> values;
   for (const Tensor& t : tensors) values.push_back(t.reshape({}).to(options));
   return at::stack(values);
+}
+
+Inputs inputs_of(TensorList params, TensorList grads, TensorList state, TensorList hyper, const Tensor& step) {
+  return {params, grads, state, values_of(hyper, params[0]), values_of(step, params[0])};
 }
 
 // d loss / d hyper before it is known: zeros, on the device of the parameters.
@@ -377,31 +389,30 @@ void define_writing(const Rule& rule, const std::string& suffix, const std::vect
   impl(name, c10::DispatchKey::Meta, of_pass([](const Pass& pass) { check_devices(pass); }));
 }
 
+void define_check(const Rule& rule) {
+  const std::string name = std::string(rule.name) + "_check";
+  define(pass_schema(name, {}, "") + " -> ()");
+  impl_devices(name, [&rule](const Backend&) { return of_pass([&rule](const Pass& pass) { check(rule, pass); }); });
+  impl(name, c10::DispatchKey::Meta, of_pass([](const Pass& pass) { check_devices(pass); }));
+}
+
 // R, the functional form.
 void define_update(const Rule& rule) {
   const std::string name = rule.name;
   define(name +
          "(Tensor[] params, Tensor[] grads, Tensor[] state, Tensor[] hyper, Tensor step, bool detach) -> Tensor[]");
-  impl_devices(name, [&rule](const Backend& device) {
-    return [&rule, &device](TensorList params, TensorList grads, TensorList state, TensorList hyper, const Tensor& step,
-                            bool) {
+  impl_devices_and_meta(name, [&rule](const Backend* device) {
+    return [&rule, device](TensorList params, TensorList grads, TensorList state, TensorList hyper, const Tensor& step,
+                           bool) {
       check_inputs(rule, params, grads, state, hyper, step);
       std::vector<Tensor> outputs;
       for (TensorList list : {params, state})
         for (const Tensor& t : list) outputs.push_back(at::empty_like(t));
-      if (!params.empty())
-        device.update(rule, {params, grads, state, values_of(hyper, params[0]), values_of(step, params[0])}, outputs);
+      if (device != nullptr && !params.empty())
+        device->update(rule, inputs_of(params, grads, state, hyper, step), outputs);
       return outputs;
     };
   });
-  impl(name, c10::DispatchKey::Meta,
-       [&rule](TensorList params, TensorList grads, TensorList state, TensorList hyper, const Tensor& step, bool) {
-         check_inputs(rule, params, grads, state, hyper, step);
-         std::vector<Tensor> outputs;
-         for (TensorList list : {params, state})
-           for (const Tensor& t : list) outputs.push_back(at::empty_like(t));
-         return outputs;
-       });
   impl(
       name, c10::DispatchKey::Autograd,
       [name](TensorList params, TensorList grads, TensorList state, TensorList hyper, const Tensor& step, bool detach) {
@@ -428,25 +439,17 @@ void define_backward(const Rule& rule) {
   define(name +
          "(Tensor[] grad_params, Tensor[] params, Tensor[] grads, Tensor[] state, Tensor[] hyper, Tensor step) "
          "-> Tensor");
-  impl_devices(name, [&rule](const Backend& device) {
-    return [&rule, &device](TensorList grad_params, TensorList params, TensorList grads, TensorList state,
-                            TensorList hyper, const Tensor& step) {
+  impl_devices_and_meta(name, [&rule](const Backend* device) {
+    return [&rule, device](TensorList grad_params, TensorList params, TensorList grads, TensorList state,
+                           TensorList hyper, const Tensor& step) {
       check_inputs(rule, params, grads, state, hyper, step);
       check_like("grad_params", grad_params, 1, params);
       Tensor sums = new_sums(params, hyper);
-      if (!params.empty())
-        device.backward(rule, grad_params,
-                        {params, grads, state, values_of(hyper, params[0]), values_of(step, params[0])}, sums);
+      if (device != nullptr && !params.empty())
+        device->backward(rule, grad_params, inputs_of(params, grads, state, hyper, step), sums);
       return sums;
     };
   });
-  impl(name, c10::DispatchKey::Meta,
-       [&rule](TensorList grad_params, TensorList params, TensorList grads, TensorList state, TensorList hyper,
-               const Tensor& step) {
-         check_inputs(rule, params, grads, state, hyper, step);
-         check_like("grad_params", grad_params, 1, params);
-         return new_sums(params, hyper);
-       });
   not_differentiable(name);
 }
 
@@ -456,35 +459,26 @@ void define_vjp(const Rule& rule) {
   define(name +
          "(Tensor[] grad_params, Tensor[] grad_state, Tensor[] params, Tensor[] grads, Tensor[] state, "
          "Tensor[] hyper, Tensor step, int needs=-1) -> Tensor[]");
-  impl_devices(name, [&rule](const Backend& device) {
-    return [&rule, &device](TensorList grad_params, TensorList grad_state, TensorList params, TensorList grads,
-                            TensorList state, TensorList hyper, const Tensor& step, std::int64_t needs) {
+  impl_devices_and_meta(name, [&rule](const Backend* device) {
+    return [&rule, device](TensorList grad_params, TensorList grad_state, TensorList params, TensorList grads,
+                           TensorList state, TensorList hyper, const Tensor& step, std::int64_t needs) {
       check_inputs(rule, params, grads, state, hyper, step);
       check_like("grad_params", grad_params, 1, params);
       check_like("grad_state", grad_state, rule.state.size(), params, true);
       std::vector<Tensor> outputs = new_vjp(rule, params, hyper, needs);
-      if (!params.empty())
-        device.vjp(rule, grad_params, grad_state,
-                   {params, grads, state, values_of(hyper, params[0]), values_of(step, params[0])},
-                   TensorList(outputs).slice(0, outputs.size() - 1), outputs.back());
+      if (device != nullptr && !params.empty())
+        device->vjp(rule, grad_params, grad_state, inputs_of(params, grads, state, hyper, step),
+                    TensorList(outputs).slice(0, outputs.size() - 1), outputs.back());
       return outputs;
     };
   });
-  impl(name, c10::DispatchKey::Meta,
-       [&rule](TensorList grad_params, TensorList grad_state, TensorList params, TensorList grads, TensorList state,
-               TensorList hyper, const Tensor& step, std::int64_t needs) {
-         check_inputs(rule, params, grads, state, hyper, step);
-         check_like("grad_params", grad_params, 1, params);
-         check_like("grad_state", grad_state, rule.state.size(), params, true);
-         return new_vjp(rule, params, hyper, needs);
-       });
   not_differentiable(name);
 }
 
 }  // namespace
 
 bool is_defined(const std::string& rule) {
-  for (const char* suffix : {"", "_hypergradient", "_norms", "_step_", "_settle_", "_backward", "_vjp"})
+  for (const char* suffix : {"", "_hypergradient", "_norms", "_step_", "_settle_", "_check", "_backward", "_vjp"})
     if (c10::Dispatcher::singleton().findSchema({std::string(kNamespace) + "::" + rule + suffix, ""}).has_value())
       return true;
   return false;
@@ -497,6 +491,7 @@ void define_ops(const Rule& rule) {
   define_writing(rule, "_step_", {&Pass::params, &Pass::state, &Pass::record, &Pass::steps, &Pass::ticks},
                  &Backend::step);
   define_writing(rule, "_settle_", {&Pass::state, &Pass::record, &Pass::ticks}, &Backend::settle);
+  define_check(rule);
   define_update(rule);
   define_backward(rule);
   define_vjp(rule);

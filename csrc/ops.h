@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "rule.h"
+#include "registry.h"
 
 namespace hyperopt_ext {
 

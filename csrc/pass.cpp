@@ -3,6 +3,7 @@
 #include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
+#include <c10/core/InferenceMode.h>
 
 namespace hyperopt_ext {
 
@@ -92,7 +93,12 @@ void check(const Rule& rule, const Pass& pass) {
     TORCH_CHECK_VALUE(t.sizes() == param.sizes(), name, "[", i, "] must have the shape of its parameter, ",
                       param.sizes(), ", not ", t.sizes());
   };
-  const auto can_be_written = [](const char* name, std::size_t i, const at::Tensor& t) {
+  const bool in_inference_mode = c10::InferenceMode::is_enabled();
+  const auto can_be_written = [&](const char* name, std::size_t i, const at::Tensor& t) {
+    TORCH_CHECK_VALUE(
+        in_inference_mode || !t.is_inference(), name, "[", i,
+        "] was made in torch.inference_mode() and cannot be written to outside of it; use its clone(), or "
+        "load_state_dict(state_dict()) for all of the state");
     TORCH_CHECK_VALUE(at::has_internal_overlap(t) != at::MemOverlap::Yes, name, "[", i,
                       "] holds several elements in one place (expand?) and cannot be written to; use its clone()");
   };
@@ -113,8 +119,10 @@ void check(const Rule& rule, const Pass& pass) {
       fits("record", k, pass.record[k], param, is_param ? dtype : wide, converted);
       can_be_written("record", k, pass.record[k]);
     }
-    for (const auto& [name, t] : {std::pair("steps", &pass.steps[i]), std::pair("ticks", &pass.ticks[i])})
+    for (const auto& [name, t] : {std::pair("steps", &pass.steps[i]), std::pair("ticks", &pass.ticks[i])}) {
       TORCH_CHECK_VALUE(t->numel() == 1 && t->scalar_type() == at::kLong, name, "[", i, "] must be one int64");
+      can_be_written(name, i, *t);
+    }
   }
 }
 

@@ -55,8 +55,8 @@ void check_devices(const Pass& pass);
 // The inputs of one step in the functional form: as Pass, but with given values, on the device of the parameters.
 struct Inputs {
   at::TensorList params, grads, state;
-  const at::Tensor& hyper;  // float64 [hypers], in the rule's order
-  const at::Tensor& step;   // float64 [1], the number of the step
+  at::Tensor hyper;  // float64 [hypers], in the rule's order
+  at::Tensor step;   // float64 [1], the number of the step
 };
 
 // What a device does for the operators (ops.cpp).

@@ -74,7 +74,7 @@ void tower_reset(double* row, const std::int64_t* plan, int levels, const double
     for (int i = 0; i < r.hypers; ++i, ++values) {
       const Space space = Space((plan[kCoordinates] >> (kSpaceBits * i)) & ((1 << kSpaceBits) - 1));
       r.live[i] = r.seen[i] = r.used[i] = r.previous[i] = *values;
-      r.x[i] = tower::coordinate_of(space, *values);
+      r.x[i] = tower::coordinate_of(space, *values, 1.0);
     }
     for (int s = 0; s < r.states; ++s, ++state) std::fill_n(r.state + s * r.n, r.n, *state);
   }

@@ -4,14 +4,14 @@
 #include <cstdint>
 #include <vector>
 
-#include "rule.h"
+#include "registry.h"
 
 namespace hyperopt_ext {
 
 // A tower is a float64 tensor [rows, width], one row for all parameters of a group or one for each tensor of it:
 //
 //   header    ticks     steps made so far by level 0
-//             moves     steps made so far by the levels above it
+//             moves     steps in which the levels above it were free to move
 //             ticking   0 if level 0 does not move in this step
 //             skipped   steps in which nothing moved, because a number was not finite
 //             held      steps in which the parameters moved, but not the levels above, because a hypergradient was not

@@ -6,12 +6,13 @@
 //   kWorkers, kLanes     the number of workers, and of those that share a row
 //   each(f)              calls f(worker) for every worker, and ends with a barrier
 //
-// and a Call moves coordinates by the rule of a level: see LevelKernel in rule.h.
+// and a Call moves coordinates by the rule of a level: see LevelKernel in registry.h.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 
+#include "numerics.h"
 #include "tower.h"
 
 namespace hyperopt_ext {
@@ -55,12 +56,12 @@ HX_FN double within(Space space, double x) {
 }
 
 // Always finite: an end of the range that no finite coordinate reaches (beta = 0 under tanh) maps to a coordinate where
-// the slope vanishes. `h` lies in the range of the coordinate.
-HX_FN double coordinate_of(Space space, double h) {
+// the slope vanishes. `h` lies in the range of the coordinate; of two that it has, this is the one on the side of `last`.
+HX_FN double coordinate_of(Space space, double h, double last) {
   switch (space) {
     case Space::log:
     case Space::multiplicative: return within(space, std::log(h));
-    case Space::square: return std::sqrt(h);
+    case Space::square: return std::copysign(std::sqrt(h), last);
     case Space::softplus: return h + within(space, std::log(-std::expm1(-h)));
     case Space::tanh: return within(space, 0.5 * std::log(h / (1.0 - h)));
     default: return h;
@@ -138,7 +139,7 @@ HX_FN void adopt_write(const Level& level, int i) {
   double& live = level.row.live[i];
   if (live == level.row.seen[i]) return;
   live = is_finite(live) ? clamp(live, level.bounds[2 * i], level.bounds[2 * i + 1]) : level.row.seen[i];
-  level.row.x[i] = coordinate_of(level.space(i), live);
+  level.row.x[i] = coordinate_of(level.space(i), live, level.row.x[i]);
 }
 
 // Without an update there is nothing to differentiate, and traces fade: those of the coordinates begin to end - 1.
@@ -181,7 +182,7 @@ HX_FN void move(const Call& call, const Level& level, const Level& above, double
     const double most = level.settings[kGrowth] * std::fabs(r.live[i]);  // an lr with wide bounds may be negative
     if (level.is_lr(i) && is_finite(level.settings[kGrowth])) kept = clamp(kept, -most, most);
     if (!is_finite(kept)) continue;
-    r.x[i] = kept == value ? reached : coordinate_of(level.space(i), kept);
+    r.x[i] = kept == value ? reached : coordinate_of(level.space(i), kept, r.x[i]);
     r.bounded[i] += kept == value && reached == moved ? 0.0 : 1.0;
     r.live[i] = kept;
   }
@@ -424,7 +425,7 @@ HX_FN void cap(const TowerView& tower, std::int64_t row) {
   // An update whose norm overflows is not made, and says nothing about the lr to learn.
   if (!is_finite(update) || !level.learns(lr) || std::fabs(r.live[lr]) <= std::fabs(allowed)) return;
   r.live[lr] = r.seen[lr] = allowed;
-  r.x[lr] = coordinate_of(level.space(lr), allowed);
+  r.x[lr] = coordinate_of(level.space(lr), allowed, r.x[lr]);
 }
 
 }  // namespace tower

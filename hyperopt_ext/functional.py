@@ -29,7 +29,7 @@ from torch.nn.functional import logsigmoid
 
 from hyperopt_ext import levels
 from hyperopt_ext.stack import RULES, Level, Stack
-from hyperopt_ext.update import check_no_module, is_exporting
+from hyperopt_ext.update import check_no_module, is_exporting, state_dtype
 
 State = dict[str, list[Tensor]]
 Params = TypeVar("Params", bound=Sequence[Tensor] | Mapping[str, Tensor])
@@ -116,7 +116,7 @@ def _update(
     if state is not None and not isinstance(state, Mapping):
         raise TypeError(f"state must be None or a dict of lists of tensors, not {type(state).__name__}")
     if state is None:
-        state = {name: [_zeros(p) for p in params] for name in slots}
+        state = {name: [_new_state(p, name) for p in params] for name in slots}
     if sorted(state) != sorted(slots):
         raise ValueError(
             f"state must hold {', '.join(slots) or 'nothing'} for {rule}, not {', '.join(state) or 'nothing'}"
@@ -147,18 +147,18 @@ def _tensors(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
     return tensors
 
 
-def _zeros(p: Tensor) -> Tensor:
-    dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-    return torch.zeros_like(p, dtype=dtype, requires_grad=False)
+def _new_state(p: Tensor, name: str, value: float = 0.0) -> Tensor:
+    return torch.full_like(p, value, dtype=state_dtype(p, name), requires_grad=False)
 
 
-# Of each coordinate (hx.Level, `space`), h = T(x) and its inverse, which is finite at the ends of the range, too.
-_COORDINATES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "linear": (lambda x: x, lambda h: h),
-    "log": (torch.exp, lambda h: h.log().clamp_min(-700.0)),
-    "square": (torch.square, torch.sqrt),
-    "softplus": (lambda x: -logsigmoid(-x), lambda h: h + (-torch.expm1(-h)).log().clamp_min(-700.0)),
-    "tanh": (lambda x: (2 * x).sigmoid(), lambda h: (h.logit() / 2).clamp(-350.0, 20.0)),  # (tanh x + 1) / 2
+# Of each coordinate (hx.Level, `space`), h = T(x) and its inverse, which is finite at the ends of the range, too, and
+# gives of two x that on the side of the last one.
+_COORDINATES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "linear": (lambda x: x, lambda h, _: h),
+    "log": (torch.exp, lambda h, _: h.log().clamp_min(-700.0)),
+    "square": (torch.square, lambda h, last: h.sqrt().copysign(last)),
+    "softplus": (lambda x: -logsigmoid(-x), lambda h, _: h + (-torch.expm1(-h)).log().clamp_min(-700.0)),
+    "tanh": (lambda x: (2 * x).sigmoid(), lambda h, _: (h.logit() / 2).clamp(-350.0, 20.0)),  # (tanh x + 1) / 2
 }
 _COORDINATES["multiplicative"] = _COORDINATES["log"]
 
@@ -260,13 +260,13 @@ class Tower:
         for level, spec in zip(self._levels, self.stack, strict=True):
             h = {name: torch.tensor(float(h), dtype=torch.float64, device=device) for name, h in spec.values().items()}
             for name, space in zip(level.learned, level.spaces, strict=True):
-                h[name] = _COORDINATES[space][1](h[name])
+                h[name] = _COORDINATES[space][1](h[name], h[name])
             coordinates.append(h)
         moved = [values, *self._learned(coordinates)]
 
         def start() -> list[State]:
             return [
-                {name: [torch.full_like(_zeros(t), number) for t in tensors] for name, number in level.start().items()}
+                {name: [_new_state(t, name, number) for t in tensors] for name, number in level.start().items()}
                 for level, tensors in zip(self.stack, moved, strict=True)
             ]
 
@@ -345,7 +345,7 @@ class Tower:
             to_h, to_x = _COORDINATES[space]
             value = to_h(x)
             within = value.clamp(*self._limits[k][name])
-            result[name] = torch.where(within == value, x, to_x(within))
+            result[name] = torch.where(within == value, x, to_x(within, coordinates[name]))
         return result
 
 

@@ -153,6 +153,7 @@ class HyperOptimizer(Optimizer):
     _shard_group: ProcessGroup | None = None  # no part of what is copied
     _rehearsed: Sequence[tuple[Optimizer, dict[str, Any]]] = ()  # wrapped ones, and their state before
     _rehearses = False  # the last call of step() was none, but how torch.distributed.checkpoint creates state
+    _has_rehearsed = False  # one of them was none
 
     def __init__(
         self,
@@ -315,6 +316,7 @@ class HyperOptimizer(Optimizer):
         if not compiling:
             self._rehearses = not self.state and self._is_rehearsal()
             if self._rehearses:
+                self._has_rehearsed = True
                 _create_state(self._key)
                 wrapped = [group["optimizer"] for group in self._param_groups if "optimizer" in group]
                 self._rehearsed = [(optimizer, create_state(optimizer)) for optimizer in wrapped]
@@ -356,7 +358,7 @@ class HyperOptimizer(Optimizer):
             or group["nonfinite"] is not g.nonfinite
             or group["tower"] is not g.tower
             or len(group["params"]) != len(g.members)
-            or (not torch.compiler.is_compiling() and g.has_other_members())
+            or (not torch.compiler.is_compiling() and g.was_edited())
             for group, g in zip(groups, self._groups, strict=True)
         ):
             for g in self._groups:
@@ -364,6 +366,7 @@ class HyperOptimizer(Optimizer):
                 if not same:
                     raise ValueError("param group: its stack stays what it is; add_param_group() takes another one")
             for g in self._groups:
+                g.follow_order()
                 stay = [
                     group["params"]
                     for group in groups
@@ -403,8 +406,12 @@ class HyperOptimizer(Optimizer):
             return False
         grads = [p.grad for g in self._groups for p in g.params if p.grad is not None]
         some = any(bool(distributed.local(grad).any()) for grad in grads)
+        # Only where no process holds state are all of them asked.
+        started = any(bool(g.tower[:, [_C.TICKS, _C.SKIPPED]].any()) for g in self._groups)
+        if self._reduction is None or self._has_rehearsed or started:
+            return not some
         moves = torch.tensor([float(some)], dtype=torch.float64, device=self._groups[0].tower.device)
-        return not (moves if self._reduction is None else self._reduction.add_up([moves])[0]).any()
+        return not self._reduction.add_up([moves])[0].any()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, with a tower of its own. See :class:`HyperOptimizer` for what it may hold."""

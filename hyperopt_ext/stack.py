@@ -187,10 +187,8 @@ class Level:
             object.__setattr__(self, "learn", (self.learn,))
         for name in ("space", "bounds", "initial_state"):
             object.__setattr__(self, name, self._mapping(name, getattr(self, name)))
-        if self.learn is not None:
-            if not isinstance(self.learn, Collection):
-                raise TypeError(f"{type(self).__name__}: learn must be a name or several, not {self.learn!r}")
-            object.__setattr__(self, "learn", tuple(self.learn))
+        if self.learn is not None and not isinstance(self.learn, Collection):
+            raise TypeError(f"{type(self).__name__}: learn must be a name or several, not {self.learn!r}")
         me = type(self).__name__
         for name in (*self.structural(), "normalize"):
             if not isinstance(getattr(self, name), bool):
@@ -199,6 +197,8 @@ class Level:
         known = [h["name"] for h in hypers]
         for argument, names in [("learn", self.learn or ()), ("space", self.space), ("bounds", self.bounds)]:
             _known(me, argument, list(names), known)
+        if self.learn is not None:
+            object.__setattr__(self, "learn", self.learn_names)
         _known(me, "initial_state", list(self.initial_state), RULES[self.rule]["state"] or ["no state"])
         for name, value in self.initial_state.items():
             if not is_number(value) or not math.isfinite(value):
@@ -295,12 +295,13 @@ class Level:
         result, learned = [], self.learn_names
         for h, space in zip(RULES[self.rule]["hypers"], self.coordinates(), strict=True):
             low, high = self.bounds.get(h["name"], (h["low"], h["high"]))
-            if high >= h["high"]:
-                high = h["high"] - _OPEN_END * (abs(h["high"]) or 1.0) if h["high"] < math.inf else math.inf
             least, most = _RANGES[space] if h["name"] in learned else _RANGES["linear"]
             if h["space"] == "log" and space != "log" and h["name"] in learned and h["name"] not in self.bounds:
                 least = _OPEN_END * h["initial"]  # an eps of 0 would divide 0 by 0
-            result.append((float(max(low, least)), float(min(high, most))))
+            high = min(high, most)
+            if high == h["high"] < math.inf:
+                high -= _OPEN_END * (abs(high) or 1.0)
+            result.append((float(max(low, least)), float(high)))
         return result
 
     def start(self) -> dict[str, float]:

@@ -149,6 +149,7 @@ class Group:
         self.norms = getattr(ops, f"{base.rule}_norms").default
         self.step = base.step_of(group)
         self.settle = getattr(ops, f"{base.rule}_settle_").default
+        self.check = getattr(ops, f"{base.rule}_check").default
 
     def _views(self, level: Level, start: int) -> dict[str, Tensor]:
         """What the tower holds for each hyperparameter of a level: no dimension, or one of the parameters."""
@@ -164,7 +165,7 @@ class Group:
             return []
         try:
             return [self.row_of[p] for p in params]
-        except KeyError:  # one was put in the place of another
+        except KeyError:  # in a compiled step, one was put in the place of another
             self.row_of = self._numbered()
             return [self.row_of[p] for p in params]
 
@@ -295,10 +296,15 @@ class Group:
             -1.0 if self.group["maximize"] else 1.0,
         )
 
-    def has_other_members(self) -> bool:
-        """Than it was made with, in whatever order."""
-        params = self.group["params"]
-        return not all(map(is_, params, self.members)) and {*map(id, params)} != {*map(id, self.members)}
+    def was_edited(self) -> bool:
+        """Whether its list of parameters, which may be the same list, holds others now, or in another order."""
+        return not all(map(is_, self.group["params"], self.members))
+
+    def follow_order(self) -> None:
+        """Rows of parameters that have changed places change places, too."""
+        params, tower = self.group["params"], self.group["tower"]
+        if self.row_of is not None and {*map(id, params)} == {*map(id, self.members)}:
+            tower.copy_(tower[self.rows(params)])
 
     @torch.no_grad()
     def let_go(
@@ -385,15 +391,18 @@ class Update:
             grads = [distributed.local_grad(p, f"params[{i}]") for i, p in enumerate(params)]
         self.params = params
         self.active = self.counted = group.arguments(params, grads, states, reduction)
+        self.uncounted: list[tuple[tuple[Any, ...], list[Tensor]]] = []  # what pass A does not see, and the parameters
         if reduction is not None and len(counted := reduction.counted(params)) < len(params):
             self.params = [params[i] for i in counted]
             some = [grads[i] for i in counted], [states[i] for i in counted]
             self.counted = group.arguments(self.params, *some, reduction)
+            self.uncounted.append((self.active, params))
         self.idle = None
         if group.row_of is None and len(params) != len(group.group["params"]):
             moving = set(params)
             idle = [p for p in group.group["params"] if p not in moving and is_state(state.get(p))]
             self.idle = group.arguments(idle, idle, [state[p] for p in idle], reduction)
+            self.uncounted.append((self.idle, idle))
 
     def _state_of(self, p: Tensor, known: dict[str, Tensor] | None) -> dict[str, Tensor]:
         if is_state(known):
@@ -409,18 +418,23 @@ class Update:
         try:
             sums: Tensor = g.hypergradient(*self.counted, g.nonfinite is not None, g.normalize, self.grad_scale)
         except (TypeError, ValueError) as error:
-            raise self._located(error) from None
+            raise self._located(error, self.params) from None
+        for others, params in self.uncounted:
+            try:
+                g.check(*others)
+            except (TypeError, ValueError) as error:
+                raise self._located(error, params) from None
         if self.found_inf is not None:  # in any group: all of them sit the step out
             norm = sums[:, -1]
             norm.masked_fill_((self.found_inf != 0) & (norm >= 0), math.inf)
         return sums
 
-    def _located(self, error: Exception) -> Exception:
+    def _located(self, error: Exception, params: list[Tensor]) -> Exception:
         """``error`` about ``grads[3]``, say, with the parameter that this is: the caller does not know these lists."""
         found = re.match(r"\w+\[(\d+)\]", str(error))
         if found is None:
             return error
-        p = self.params[int(found[1]) % len(self.params)]
+        p = params[int(found[1]) % len(params)]
         return type(error)(f"{error} ({found[0]} belongs to {self._name_of(p)})")
 
     def _name_of(self, p: Tensor) -> str:

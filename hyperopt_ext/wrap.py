@@ -52,7 +52,8 @@ class Wrap(Level):
     as it was made. What else is written to a param group goes to the optimizer, if that has an entry of the name
     (``group["momentum"] = 0.9``). For ``GradScaler``, ``step()`` takes gradients that are unscaled; the scaler does
     that by itself. It is not for ``torch.compile``, and hooks of all optimizers
-    (``register_optimizer_step_post_hook``) see the optimizer's steps as well as the tower's.
+    (``register_optimizer_step_post_hook``) see the optimizer's steps as well as the tower's. An error in its own step
+    comes after the tower has moved.
 
     Raises:
         TypeError: ``optimizer`` cannot be called, has no lr, or no argument of a name that was given; or, by
@@ -145,7 +146,10 @@ class Wrap(Level):
             if "maximize" not in self._parameters(self.optimizer):
                 raise ValueError(f"Wrap: {self} has no maximize; change the sign of the loss")
             arguments["maximize"] = True
-        optimizer = self.optimizer(group["params"], **{**arguments, "lr": self.lr})
+        none = torch.zeros(
+            1, 1
+        )  # in a group that is empty here, but not in other processes: none is made of no parameter
+        optimizer = self.optimizer(group["params"] or [none], **{**arguments, "lr": self.lr})
         if not isinstance(optimizer, Optimizer) or len(optimizer.param_groups) != 1:
             raise TypeError(f"Wrap: {self} made {type(optimizer).__name__}, which is no torch.optim.Optimizer")
         closure = inspect.signature(optimizer.step).parameters.get("closure")
@@ -239,6 +243,8 @@ class _WrappedStep:
     ) -> None:
         if torch.compiler.is_compiling():
             raise RuntimeError("Wrap: a wrapped optimizer is not for torch.compile; compile the model alone")
+        if not params:  # other processes have some
+            return
         used = tower[0, self.start : self.start + len(self.values)]
         values: Any = used
         if self.waits:
@@ -276,7 +282,7 @@ class _WrappedStep:
                 torch._foreach_add_(traces["lr"], params)
                 torch._foreach_mul_(traces["lr"], 1 / unit)
         torch._foreach_add_(steps, 1)
-        torch._foreach_add_(ticks, 1)
+        torch._foreach_copy_(ticks, [tower[0, _C.TICKS]] * n)
 
     @staticmethod
     def _fade(traces: list[Tensor], factor: Tensor, steps: list[Tensor], horizon: float, growth: float) -> None:

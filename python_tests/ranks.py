@@ -457,6 +457,27 @@ def asking_for_the_state_changes_nothing():
 
 
 @check(2)
+def state_may_be_asked_for_where_one_process_has_none():
+    """Of two stages, one is frozen, or has no parameters: torch.distributed.checkpoint makes a step there alone."""
+    first = dist.get_rank() == 0
+    for stage in (nn.Linear(3, 2), nn.Linear(3, 2).requires_grad_(first), nn.Linear(3, 2) if first else nn.ReLU()):
+        for stack in (STACKS["adam"], hx.Wrap(torch.optim.Adam, lr=0.01) / hx.SGD(lr=1e-5)):
+            groups = [{"params": [*stage.parameters()]}]
+            opt = hx.HyperOptimizer(groups, stack, shard_group=dist.group.WORLD)
+            for i in range(6):
+                if i in (0, 1, 4):  # once more before the first step, and between two
+                    stage.zero_grad()
+                    before = values(opt)
+                    state_dict = get_optimizer_state_dict(stage, opt)
+                    assert len(state_dict["state"]) == sum(p.requires_grad for p in stage.parameters())
+                    assert torch.equal(values(opt), before)
+                for p in stage.parameters():
+                    p.grad = torch.ones_like(p) if p.requires_grad else None
+                opt.step()
+                assert_same_on_all(values(opt))
+
+
+@check(2)
 def a_gradient_on_one_process_is_a_step_on_all():
     """An lr of 0 at the first step is a rehearsal only if no process has a gradient: processes must not disagree."""
     mesh = init_device_mesh("cpu", (2,))

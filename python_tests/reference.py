@@ -161,7 +161,7 @@ class _Set:
         self.spaces = dict(zip(self.h, level.coordinates(), strict=True))
         self.limits = dict(zip(self.h, level.limits(), strict=True))
         self.learn = () if is_top else level.learn_names
-        self.x = {k: COORDINATES[self.spaces[k]][1](self.h[k]) for k in self.learn}
+        self.x = {k: COORDINATES[self.spaces[k]][1](self.h[k], self.h[k]) for k in self.learn}
         self.state: dict[object, State] = {}
         self.z: dict[tuple[str, object], Tensor] = {}
         self.bounded = dict.fromkeys(self.h, 0)
@@ -222,7 +222,7 @@ class _Set:
             value = torch.minimum(value, self.level.growth * self.h[name])
         cut = not torch.isclose(value, to_h(moved), rtol=1e-12, atol=0)
         self.bounded[name] += cut
-        self.x[name], self.h[name] = to_x(value) if cut else moved, value
+        self.x[name], self.h[name] = to_x(value, self.x[name]) if cut else moved, value
 
     def use(self, t: int) -> None:
         self.used = dict(self.h)
@@ -295,7 +295,7 @@ class TranscribedTower:
             s.bounded["lr"] += 1
             if "lr" in s.learn and s.h["lr"] > s.used["lr"]:
                 s.h["lr"] = s.used["lr"]
-                s.x["lr"] = COORDINATES[s.spaces["lr"]][1](s.h["lr"])
+                s.x["lr"] = COORDINATES[s.spaces["lr"]][1](s.h["lr"], s.x["lr"])
 
     def hyperparameters(self) -> list[dict[str, float | list[float]]]:
         """Of each level, each hyperparameter's value, or a list where each tensor has its own."""

@@ -499,6 +499,39 @@ def test_a_state_dict_that_does_not_fit_changes_nothing(bad):
     problem.train(opt, range(3, 5))
 
 
+def test_an_idle_parameter_is_checked_before_anything_is_changed():
+    problem = Regression(6)
+    first, second = [*problem.model.parameters()][:2], [*problem.model.parameters()][2:]
+    opt = hx.HyperOptimizer([{"params": first}, {"params": second}], hx.Adam() / hx.SGD(lr=1e-4))
+    problem.train(opt, range(3))
+    idle = second[1]
+    state, opt.state[idle]["exp_avg"] = opt.state[idle]["exp_avg"], torch.zeros(7, dtype=torch.float64)
+    problem.loss(3).backward()
+    idle.grad = None
+    before = snapshot(problem, opt)
+    with pytest.raises(
+        ValueError, match=r"state\[0\] must have the shape .* \(state\[0\] belongs to parameter 1 of its"
+    ):
+        opt.step()
+    assert_unchanged(before, problem, opt)
+    opt.state[idle]["exp_avg"] = state
+    opt.step()
+
+
+def test_state_made_in_inference_mode_is_an_error_before_anything_is_changed():
+    problem = Regression(6)
+    opt = hx.HyperOptimizer(problem.model.parameters(), hx.Adam() / hx.SGD(lr=1e-4))
+    problem.loss(0).backward()
+    with torch.inference_mode():
+        opt.step()
+    before = snapshot(problem, opt)
+    with pytest.raises(ValueError, match=r"state\[0\] was made in torch.inference_mode\(\) .* load_state_dict"):
+        opt.step()
+    assert_unchanged(before, problem, opt)
+    opt.load_state_dict(opt.state_dict())
+    opt.step()
+
+
 def test_operators_check_their_lists():
     p = param(4)
     opt = hx.HyperOptimizer([p], hx.Adam())
@@ -517,7 +550,7 @@ def test_operators_check_their_lists():
         (([p], [p.to("meta")], [p, p], [], [one], [one]), r"grads\[0\] must be on the device of its parameter, cpu"),
         (([p], [p], [p, p], [], [one], [one.to("meta")]), r"ticks\[0\] must be on the device of its parameter, cpu"),
     ]:
-        for one_of in (op, settle):
+        for one_of in (op, settle, torch.ops.hyperopt_ext.adam_check):
             with pytest.raises(ValueError, match=words):
                 one_of(*lists, tower, [], 0, 1.0, 0.0, 1.0)
     with pytest.raises(ValueError, match="tower must be"):

@@ -223,6 +223,36 @@ def test_a_tensor_in_the_place_of_another_has_its_tower():
     torch.testing.assert_close(q.detach(), torch.full((3,), 0.5))
 
 
+@pytest.mark.parametrize("change", [lambda group: group["params"].reverse(), lambda group: reverse(group)])
+def test_towers_follow_tensors_that_change_places(change):
+    problem, alone = Regression(12), Regression(12)
+    opt = hx.HyperOptimizer(problem.model.parameters(), TENSORS)
+    other = hx.HyperOptimizer(alone.model.parameters(), TENSORS)
+    problem.train(opt, range(4))
+    change(opt.param_groups[0])
+    copied, copied_opt = copy.deepcopy((problem, opt))
+    problem.train(opt, range(4, 8))
+    copied.train(copied_opt, range(4, 8))
+    alone.train(other, range(8))
+    assert same(problem, alone)
+    assert same(copied, alone)
+    expected = other.hyperparameters()[0]["lr"].flip(0)
+    assert len({*expected.tolist()}) == len(expected)
+    assert torch.equal(opt.hyperparameters()[0]["lr"], expected)
+
+    resumed = Regression(12)
+    resumed.model.load_state_dict(problem.model.state_dict())
+    resumed_opt = hx.HyperOptimizer([*resumed.model.parameters()][::-1], TENSORS)
+    resumed_opt.load_state_dict(opt.state_dict())
+    resumed.train(resumed_opt, range(8, 12))
+    alone.train(other, range(8, 12))
+    assert same(resumed, alone)
+
+
+def reverse(group):
+    group["params"] = group["params"][::-1]
+
+
 def test_a_group_may_hold_entries_of_others():
     """As of a wrapper that hands its own groups on (SAM, with a ``rho``); what looks like a mistake is a warning."""
     p = torch.nn.Parameter(torch.ones(2))

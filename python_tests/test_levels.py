@@ -49,6 +49,11 @@ def test_equal_levels_have_equal_hashes(make):
     assert len({make(lr=1) / hx.SGD(), make(lr=1.0) / hx.SGD()}) == 1
 
 
+@pytest.mark.parametrize("learn", [("beta1", "lr"), ["lr", "beta1", "lr"], {"lr": 0, "beta1": 0}.keys()])
+def test_the_order_of_what_is_learned_says_nothing(learn):
+    assert hx.Adam(learn=learn) == hx.Adam(learn=("lr", "beta1"))
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_defaults_are_those_of_the_rule_and_of_the_published_optimizer(case):
     """The C++ rule, the Python spec and torch.optim cannot drift apart."""

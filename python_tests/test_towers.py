@@ -46,6 +46,49 @@ def test_bounds_project_what_is_learned(stack):
     assert_same(problem.model.parameters(), opt.hyperparameters(), reference.params, reference.hyperparameters())
 
 
+def test_a_bound_leaves_a_coordinate_on_its_side():
+    """A square has two coordinates; the one that is moved stays below 0, where the momentum above has pushed it."""
+    base = hx.SGD(lr=0.04, learn="lr", space={"lr": "square"}, bounds={"lr": (0.0, 0.25)})
+    stack = base / hx.SGD(lr=3.0, momentum=0.5)
+    w = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    opt, reference, tower = hx.HyperOptimizer([w], stack), ReferenceTower([w], stack, TWINS), hx.functional.tower(stack)
+    params, state = tower.init([w])
+    coordinates = []
+    for sign in (1, -1, -1, -1, -1, 1, 1, -1, -1, -1):
+        grad = torch.full((2,), 0.5 * sign, dtype=torch.float64)
+        w.grad = grad.clone()
+        opt.step()
+        reference.step(lambda params, grad=grad: params[0] @ grad)
+        params, state = tower.step(params, [grad], state)
+        coordinates.append(state.coordinates[0]["lr"].item())
+        for values in (reference.hyperparameters()[0], tower.hyperparameters(state)[0]):
+            assert opt.hyperparameters()[0]["lr"].item() == pytest.approx(float(values["lr"]), rel=1e-12)
+    assert min(coordinates) == -0.5
+    assert opt.bounded_steps()[0]["lr"] > 0
+
+
+def test_a_momentum_above_1_follows_the_package():
+    w = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+    opt = hx.HyperOptimizer([w], gdtuo.SGD(alpha=0.001, mu=0.99) / gdtuo.SGD(alpha=0.05))
+    with float64_by_default():
+        model = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.ones_(model.weight)
+        wrapper = package.ModuleWrapper(model, optimizer=package.SGD(0.001, mu=0.99, optimizer=package.SGD(0.05)))
+        wrapper.initialize()
+        for _ in range(5):
+            w.grad = torch.ones_like(w)
+            opt.step()
+            wrapper.begin()
+            loss = wrapper.forward(torch.ones(1, 1)).sum()
+            wrapper.zero_grad()
+            loss.backward()
+            wrapper.step()
+        theirs = wrapper.optimizer.parameters
+    assert opt.hyperparameters()[0]["momentum"].item() == pytest.approx(theirs["mu"].item(), rel=1e-12)
+    assert opt.hyperparameters()[0]["momentum"] > 1.0
+    assert opt.hyperparameters()[0]["lr"].item() == pytest.approx(theirs["alpha"].item(), rel=1e-12)
+
+
 # A value moved by 1/4 in its coordinate, and the slope there, in forms that lose no digits.
 QUARTER = math.exp(0.25)
 MOVED = {

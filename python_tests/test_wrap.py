@@ -308,6 +308,19 @@ def test_an_error_of_the_optimizer_leaves_the_traces():
     problem.train(opt, range(4, 6))
 
 
+def test_a_tick_is_the_step_of_the_tower():
+    problem = Regression(6)
+    first, *others = problem.model.parameters()
+    opt = hx.HyperOptimizer(problem.model.parameters(), hx.Wrap(torch.optim.Adam, lr=0.01) / hx.SGD(lr=1e-5))
+    problem.train(opt, range(2))
+    problem.loss(2).backward()
+    first.grad = None
+    opt.step()
+    assert [(opt.state[p]["step"].item(), opt.state[p]["tick"].item()) for p in (first, others[0])] == [(2, 2), (3, 3)]
+    problem.train(opt, range(3, 4))
+    assert {(opt.state[p]["step"].item(), opt.state[p]["tick"].item()) for p in (first, others[0])} == {(3, 4), (4, 4)}
+
+
 def test_what_is_written_to_the_group_reaches_the_optimizer():
     ours, theirs = Regression(8), Regression(8)
     opt = hx.HyperOptimizer(ours.model.parameters(), hx.Wrap(torch.optim.SGD, lr=0.02, momentum=0.5))

@@ -10,6 +10,7 @@
 #include <deque>
 #include <vector>
 
+#include "../numerics.h"
 #include "vectors.h"
 
 namespace hyperopt_ext {
@@ -119,11 +120,8 @@ class Batch {
         }
       }
     };
-    const std::int64_t chunks = std::int64_t(size());
-    if (elements_ <= kGrain)
-      range(0, chunks);
-    else
-      at::parallel_for(0, chunks, std::max<std::int64_t>(1, chunks * kGrain / elements_), range);
+    const std::int64_t chunks = std::int64_t(size()), elements = std::max<std::int64_t>(1, elements_);
+    at::parallel_for(0, chunks, std::max<std::int64_t>(1, chunks * kGrain / elements), range);
   }
 
   void finish() { chunks_.finish(); }

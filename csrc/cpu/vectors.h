@@ -1,7 +1,7 @@
 // The kernels that no rule changes.
 #pragma once
 
-#include "../rule.h"
+#include "../registry.h"
 
 namespace hyperopt_ext {
 

@@ -334,7 +334,7 @@ def operators_pass_opcheck(case: Case, learn: Sequence[str]) -> None:
     plain = [p.detach().clone() for p in params]
     arguments, check = operands(opt, plain, grads), torch.library.opcheck
     check(op(case, "_hypergradient"), (*arguments, True, True))
-    for suffix in ("_norms", "_step_", "_settle_"):
+    for suffix in ("_norms", "_step_", "_settle_", "_check"):
         check(op(case, suffix), (*arguments, torch.tensor(2.0)))
     lr_alone = tuple(learn) == ("lr",)
     check(op(case), (*functional_arguments(case, requires_grad=not lr_alone), lr_alone))

@@ -31,13 +31,13 @@ def larger(a: Tensor, b: Tensor) -> Tensor:
     return torch.where((a >= b) | a.isnan(), a, b)
 
 
-COORDINATES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "linear": (lambda x: x, lambda h: h),
-    "log": (torch.exp, torch.log),
-    "square": (torch.square, torch.sqrt),
-    "softplus": (torch.nn.functional.softplus, lambda h: h + torch.log(-torch.expm1(-h))),
-    "tanh": (lambda x: (torch.tanh(x) + 1) / 2, lambda h: torch.atanh(2 * h - 1)),
-    "multiplicative": (torch.exp, torch.log),
+COORDINATES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "linear": (lambda x: x, lambda h, _: h),
+    "log": (torch.exp, lambda h, _: torch.log(h)),
+    "square": (torch.square, lambda h, last: h.sqrt().copysign(last)),
+    "softplus": (torch.nn.functional.softplus, lambda h, _: h + torch.log(-torch.expm1(-h))),
+    "tanh": (lambda x: (torch.tanh(x) + 1) / 2, lambda h, _: torch.atanh(2 * h - 1)),
+    "multiplicative": (torch.exp, lambda h, _: torch.log(h)),
 }
 
 
@@ -48,7 +48,9 @@ class _Level:
         self.spaces = dict(zip(self.values, level.coordinates(), strict=True))
         self.limits = dict(zip(self.values, level.limits(), strict=True))
         self.learn = () if is_top else level.learn_names
-        self.x = {k: COORDINATES[self.spaces[k]][1](self.values[k]).requires_grad_() for k in self.learn}
+        self.x = {
+            k: COORDINATES[self.spaces[k]][1](self.values[k], self.values[k]).requires_grad_() for k in self.learn
+        }
         self.start = level.start()
         self.state: dict[object, State] = {}
 
@@ -95,7 +97,7 @@ class ReferenceTower:
                     value = to_h(moved).detach()
                     projected = value.clamp(*level.limits[name])
                     if projected != value:
-                        moved = moved + (to_x(projected) - moved).detach()
+                        moved = moved + (to_x(projected, x) - moved).detach()
                     level.x[name] = moved if moved.requires_grad else moved.requires_grad_()
         base, h = self.levels[0], self.levels[0].h()
         self.params = [base.update(i, w, of[id(w)], self.steps, h) for i, w in enumerate(self.params)]

@@ -23,8 +23,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <array>
+#include <type_traits>
 
 #include "cpu/passes.h"
 #if defined(HX_WITH_CUDA) || defined(HX_EMULATE_CUDA)
@@ -100,9 +100,23 @@ c10::TypedOperatorHandle<Signature> op(const std::string& name) {
       .typed<Signature>();
 }
 
-// Writes through raw pointers do not show: tell autograd of them.
-void wrote(TensorList tensors) {
-  for (const Tensor& t : tensors) t.unsafeGetTensorImpl()->bump_version();
+// Writes through raw pointers do not show: an ADInplaceOrView kernel that tells autograd of them, in those of the
+// operator's arguments that `written` has as bits.
+template <class... Arguments>
+auto bumping(const c10::TypedOperatorHandle<void(Arguments...)>& op, unsigned written) {
+  return [=](Arguments... arguments) {
+    {
+      at::AutoDispatchBelowADInplaceOrView below;
+      op.call(arguments...);
+    }
+    unsigned rest = written;
+    const auto bump = [&](const auto& argument) {
+      if constexpr (std::is_same_v<std::decay_t<decltype(argument)>, TensorList>)
+        for (const Tensor& t : (rest & 1) != 0 ? argument : TensorList()) t.unsafeGetTensorImpl()->bump_version();
+      rest >>= 1;
+    };
+    (bump(arguments), ...);
+  };
 }
 
 // The arguments of a pass as its operators take them, with some more before the last.
@@ -121,11 +135,6 @@ auto of_pass(F f) {
                   grad_scale},
              more...);
   };
-}
-
-void call(const c10::TypedOperatorHandle<OfPass<void>>& op, const Pass& p) {
-  op.call(p.params, p.grads, p.state, p.record, p.steps, p.ticks, p.tower, p.rows, std::int64_t(p.learn), p.horizon,
-          p.horizon_growth, p.scale, p.grad_scale);
 }
 
 using TowerOp = void(TensorList, TensorList, TensorList, TensorList, TensorList, at::IntArrayRef);
@@ -332,18 +341,16 @@ void not_differentiable(const std::string& name) {
                        torch::dispatch(c10::DispatchKey::Autograd, torch::autograd::autogradNotImplementedFallback()));
 }
 
-constexpr std::pair<const char*, TensorList Pass::*> kLists[] = {{"params", &Pass::params}, {"grads", &Pass::grads},
-                                                                 {"state", &Pass::state},   {"record", &Pass::record},
-                                                                 {"steps", &Pass::steps},   {"ticks", &Pass::ticks}};
+// The lists of a pass, as bits: its first arguments.
+enum List : unsigned { kParamList = 1, kGradList = 2, kStateList = 4, kRecordList = 8, kStepList = 16, kTickList = 32 };
 
 // The schema of a pass that writes to some of its lists, and takes `more` before the last argument.
-std::string pass_schema(const std::string& name, const std::vector<TensorList Pass::*>& written,
-                        const std::string& more) {
+std::string pass_schema(const std::string& name, unsigned written, const std::string& more) {
   std::string lists;
   char alias = 'a';
-  for (const auto& [list, member] : kLists) {
-    const bool writes = std::find(written.begin(), written.end(), member) != written.end();
-    lists += (writes ? std::string("Tensor(") + alias++ + "!)[] " : "Tensor[] ") + list + ", ";
+  for (const char* list : {"params", "grads", "state", "record", "steps", "ticks"}) {
+    lists += ((written & 1) != 0 ? std::string("Tensor(") + alias++ + "!)[] " : "Tensor[] ") + list + ", ";
+    written >>= 1;
   }
   return name + "(" + lists + "Tensor tower, int[] rows, int learn, float horizon, float horizon_growth, float scale" +
          more + ", Tensor? grad_scale=None)";
@@ -354,7 +361,7 @@ template <class... More>
 void define_reading(const Rule& rule, const std::string& suffix, const std::string& more, std::size_t columns,
                     Tensor (*Backend::*run)(const Rule&, const Pass&, More...)) {
   const std::string name = rule.name + suffix;
-  define(pass_schema(name, {}, more) + " -> Tensor");
+  define(pass_schema(name, 0, more) + " -> Tensor");
   impl_devices(name, [&](const Backend& device) {
     return of_pass<More...>([&rule, &device, run](const Pass& pass, More... arguments) {
       check(rule, pass);
@@ -369,7 +376,7 @@ void define_reading(const Rule& rule, const std::string& suffix, const std::stri
 }
 
 // An operator that writes to these lists of a pass.
-void define_writing(const Rule& rule, const std::string& suffix, const std::vector<TensorList Pass::*>& written,
+void define_writing(const Rule& rule, const std::string& suffix, unsigned written,
                     void (*Backend::*run)(const Rule&, const Pass&)) {
   const std::string name = rule.name + suffix;
   define(pass_schema(name, written, "") + " -> ()");
@@ -379,19 +386,13 @@ void define_writing(const Rule& rule, const std::string& suffix, const std::vect
       (device.*run)(rule, pass);
     });
   });
-  impl(name, c10::DispatchKey::ADInplaceOrView, of_pass([written, op = op<OfPass<void>>(name)](const Pass& pass) {
-         {
-           at::AutoDispatchBelowADInplaceOrView below;
-           call(op, pass);
-         }
-         for (TensorList Pass::* list : written) wrote(pass.*list);
-       }));
+  impl(name, c10::DispatchKey::ADInplaceOrView, bumping(op<OfPass<void>>(name), written));
   impl(name, c10::DispatchKey::Meta, of_pass([](const Pass& pass) { check_devices(pass); }));
 }
 
 void define_check(const Rule& rule) {
   const std::string name = std::string(rule.name) + "_check";
-  define(pass_schema(name, {}, "") + " -> ()");
+  define(pass_schema(name, 0, "") + " -> ()");
   impl_devices(name, [&rule](const Backend&) { return of_pass([&rule](const Pass& pass) { check(rule, pass); }); });
   impl(name, c10::DispatchKey::Meta, of_pass([](const Pass& pass) { check_devices(pass); }));
 }
@@ -488,9 +489,8 @@ void define_ops(const Rule& rule) {
   define_reading(rule, "_hypergradient", ", bool norm, bool squares", 2 * rule.hypers.size() + 1,
                  &Backend::hypergradient);
   define_reading(rule, "_norms", "", 3, &Backend::norms);
-  define_writing(rule, "_step_", {&Pass::params, &Pass::state, &Pass::record, &Pass::steps, &Pass::ticks},
-                 &Backend::step);
-  define_writing(rule, "_settle_", {&Pass::state, &Pass::record, &Pass::ticks}, &Backend::settle);
+  define_writing(rule, "_step_", kParamList | kStateList | kRecordList | kStepList | kTickList, &Backend::step);
+  define_writing(rule, "_settle_", kStateList | kRecordList | kTickList, &Backend::settle);
   define_check(rule);
   define_update(rule);
   define_backward(rule);
@@ -508,15 +508,7 @@ void define_tower_ops() {
         run(device, towers, check_towers(towers, sums.c_str(), of, columns, plans, bounds, settings), foreign);
       };
     });
-    impl(name, c10::DispatchKey::ADInplaceOrView,
-         [op = op<TowerOp>(name)](TensorList towers, TensorList sums, TensorList plans, TensorList bounds,
-                                  TensorList settings, at::IntArrayRef foreign) {
-           {
-             at::AutoDispatchBelowADInplaceOrView below;
-             op.call(towers, sums, plans, bounds, settings, foreign);
-           }
-           wrote(towers);
-         });
+    impl(name, c10::DispatchKey::ADInplaceOrView, bumping(op<TowerOp>(name), 1));
     impl(name, c10::DispatchKey::Meta,
          [sums](TensorList towers, TensorList of, TensorList plans, TensorList bounds, TensorList settings,
                 at::IntArrayRef) { check_tower_devices(towers, sums.c_str(), of, plans, bounds, settings); });

@@ -75,6 +75,9 @@ void check(const Rule& rule, const Pass& pass) {
   TORCH_CHECK_VALUE(pass.horizon >= 1.0, "horizon must be at least 1, not ", pass.horizon);
   check_devices(pass);
   const at::Tensor& tower = pass.tower;
+  const bool in_inference_mode = c10::InferenceMode::is_enabled();
+  TORCH_CHECK_VALUE(in_inference_mode || !tower.is_inference(),
+                    "the tower was made in torch.inference_mode(): make the optimizer outside of it");
   TORCH_CHECK_VALUE(tower.dim() == 2 && tower.scalar_type() == at::kDouble && tower.is_contiguous() &&
                         tower.size(0) >= 1 && tower.size(1) >= kHeader + kValues * std::int64_t(rule.hypers.size()),
                     "tower must be a contiguous float64 tensor [rows, width] that holds rule '", rule.name, "'");
@@ -93,12 +96,10 @@ void check(const Rule& rule, const Pass& pass) {
     TORCH_CHECK_VALUE(t.sizes() == param.sizes(), name, "[", i, "] must have the shape of its parameter, ",
                       param.sizes(), ", not ", t.sizes());
   };
-  const bool in_inference_mode = c10::InferenceMode::is_enabled();
   const auto can_be_written = [&](const char* name, std::size_t i, const at::Tensor& t) {
-    TORCH_CHECK_VALUE(
-        in_inference_mode || !t.is_inference(), name, "[", i,
-        "] was made in torch.inference_mode() and cannot be written to outside of it; use its clone(), or "
-        "load_state_dict(state_dict()) for all of the state");
+    TORCH_CHECK_VALUE(in_inference_mode || !t.is_inference(), name, "[", i,
+                      "] was made in torch.inference_mode() and cannot be written to outside of it; load_state_dict("
+                      "state_dict()) copies all that the optimizer holds, and clone() a parameter");
     TORCH_CHECK_VALUE(at::has_internal_overlap(t) != at::MemOverlap::Yes, name, "[", i,
                       "] holds several elements in one place (expand?) and cannot be written to; use its clone()");
   };

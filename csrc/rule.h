@@ -70,7 +70,7 @@ struct Hyperparameter {
   double initial;
   double low;
   double high;
-  Space space;   // the default coordinate
+  Space space;   // the default coordinate; what has tanh stays below `high`, others may be given wider bounds
   bool learned;  // whether it is learned by default, as in the paper
 };
 constexpr double kInfinity = std::numeric_limits<double>::infinity();

@@ -9,8 +9,8 @@
 // and a Call moves coordinates by the rule of a level: see LevelKernel in registry.h.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "numerics.h"
 #include "tower.h"
@@ -56,12 +56,12 @@ HX_FN double within(Space space, double x) {
 }
 
 // Always finite: an end of the range that no finite coordinate reaches (beta = 0 under tanh) maps to a coordinate where
-// the slope vanishes. `h` lies in the range of the coordinate; of two that it has, this is the one on the side of `last`.
-HX_FN double coordinate_of(Space space, double h, double last) {
+// the slope vanishes. `h` lies in the range of the coordinate; of two that it has, this is the one on the side of `near`.
+HX_FN double coordinate_of(Space space, double h, double near) {
   switch (space) {
     case Space::log:
     case Space::multiplicative: return within(space, std::log(h));
-    case Space::square: return std::copysign(std::sqrt(h), last);
+    case Space::square: return near < 0.0 ? -std::sqrt(h) : std::sqrt(h);
     case Space::softplus: return h + within(space, std::log(-std::expm1(-h)));
     case Space::tanh: return within(space, 0.5 * std::log(h / (1.0 - h)));
     default: return h;
@@ -182,7 +182,7 @@ HX_FN void move(const Call& call, const Level& level, const Level& above, double
     const double most = level.settings[kGrowth] * std::fabs(r.live[i]);  // an lr with wide bounds may be negative
     if (level.is_lr(i) && is_finite(level.settings[kGrowth])) kept = clamp(kept, -most, most);
     if (!is_finite(kept)) continue;
-    r.x[i] = kept == value ? reached : coordinate_of(level.space(i), kept, r.x[i]);
+    r.x[i] = kept == value ? reached : coordinate_of(level.space(i), kept, moved);
     r.bounded[i] += kept == value && reached == moved ? 0.0 : 1.0;
     r.live[i] = kept;
   }

@@ -152,11 +152,11 @@ def _new_state(p: Tensor, name: str, value: float = 0.0) -> Tensor:
 
 
 # Of each coordinate (hx.Level, `space`), h = T(x) and its inverse, which is finite at the ends of the range, too, and
-# gives of two x that on the side of the last one.
+# gives of two x that on the side of another one.
 _COORDINATES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "linear": (lambda x: x, lambda h, _: h),
     "log": (torch.exp, lambda h, _: h.log().clamp_min(-700.0)),
-    "square": (torch.square, lambda h, last: h.sqrt().copysign(last)),
+    "square": (torch.square, lambda h, x: torch.where(x < 0, -h.sqrt(), h.sqrt())),
     "softplus": (lambda x: -logsigmoid(-x), lambda h, _: h + (-torch.expm1(-h)).log().clamp_min(-700.0)),
     "tanh": (lambda x: (2 * x).sigmoid(), lambda h, _: (h.logit() / 2).clamp(-350.0, 20.0)),  # (tanh x + 1) / 2
 }
@@ -345,7 +345,7 @@ class Tower:
             to_h, to_x = _COORDINATES[space]
             value = to_h(x)
             within = value.clamp(*self._limits[k][name])
-            result[name] = torch.where(within == value, x, to_x(within, coordinates[name]))
+            result[name] = torch.where(within == value, x, to_x(within, x))
         return result
 
 

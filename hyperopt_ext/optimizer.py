@@ -27,6 +27,7 @@ from hyperopt_ext.update import (
     check_no_module,
     check_policy,
     is_exporting,
+    is_rehearsal,
     is_state,
     move_towers,
     new_tower,
@@ -153,7 +154,6 @@ class HyperOptimizer(Optimizer):
     _shard_group: ProcessGroup | None = None  # no part of what is copied
     _rehearsed: Sequence[tuple[Optimizer, dict[str, Any]]] = ()  # wrapped ones, and their state before
     _rehearses = False  # the last call of step() was none, but how torch.distributed.checkpoint creates state
-    _has_rehearsed = False  # one of them was none
 
     def __init__(
         self,
@@ -314,9 +314,8 @@ class HyperOptimizer(Optimizer):
                 raise RuntimeError("nonfinite='raise' has to read values, which a compiled step cannot; use 'skip'")
         self._adopt_groups()
         if not compiling:
-            self._rehearses = not self.state and self._is_rehearsal()
+            self._rehearses = not self.state and is_rehearsal()
             if self._rehearses:
-                self._has_rehearsed = True
                 _create_state(self._key)
                 wrapped = [group["optimizer"] for group in self._param_groups if "optimizer" in group]
                 self._rehearsed = [(optimizer, create_state(optimizer)) for optimizer in wrapped]
@@ -365,8 +364,10 @@ class HyperOptimizer(Optimizer):
                 same, g.group["stack"] = g.stack == g.group["stack"], g.stack
                 if not same:
                     raise ValueError("param group: its stack stays what it is; add_param_group() takes another one")
+                for group in groups:
+                    if group is g.group or group["tower"] is g.tower:
+                        g.check_places(group["params"])
             for g in self._groups:
-                g.follow_order()
                 stay = [
                     group["params"]
                     for group in groups
@@ -393,25 +394,6 @@ class HyperOptimizer(Optimizer):
             raise IndexError(f"group is {index}, but this optimizer has {len(self._groups)} param groups")
         adopt_assignments(self._groups)
         return self._groups[index]
-
-    def _is_rehearsal(self) -> bool:
-        """Whether this is no step, but how torch.distributed.checkpoint makes an optimizer create its state.
-
-        It puts a tensor of 0 in the place of each lr, calls ``step()`` with gradients of 0 and puts the old lr back.
-        """
-        assigned = [(g.group["lr"], g.entries["lr"]) for g in self._groups if "lr" in g.entries]
-        if not assigned or not all(
-            isinstance(lr, Tensor) and lr is not live and lr.numel() == 1 and lr.item() == 0 for lr, live in assigned
-        ):
-            return False
-        grads = [p.grad for g in self._groups for p in g.params if p.grad is not None]
-        some = any(bool(distributed.local(grad).any()) for grad in grads)
-        # Only where no process holds state are all of them asked.
-        started = any(bool(g.tower[:, [_C.TICKS, _C.SKIPPED]].any()) for g in self._groups)
-        if self._reduction is None or self._has_rehearsed or started:
-            return not some
-        moves = torch.tensor([float(some)], dtype=torch.float64, device=self._groups[0].tower.device)
-        return not self._reduction.add_up([moves])[0].any()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, with a tower of its own. See :class:`HyperOptimizer` for what it may hold."""
@@ -446,7 +428,7 @@ class HyperOptimizer(Optimizer):
             group.pop(name, None)
         group["stack"] = stack
         try:
-            optimizer = stack[0].make(group)
+            optimizer = stack[0].make(group, self._shard_group is not None)
         except Exception:
             self.param_groups.pop()
             raise

@@ -71,8 +71,8 @@ class Level:
             ``normalize``, the multiplicative rule of Baydin et al., ICLR 2018). Default: tanh for betas, alpha and rho,
             log for eps and eps_root, linear for all others.
         bounds: for each name, ``(low, high)``, ends included, that a learned value is projected to; what its coordinate
-            cannot reach is cut off, and a high of 1 keeps a beta 1e-9 below it. Default: its valid range, so that a
-            learning rate does not turn negative and a beta does not reach 1; an eps stays above 0.
+            cannot reach is cut off, and a beta stays 1e-9 below 1. Default: its valid range, so that a learning rate
+            does not turn negative; an eps stays above 0.
         initial_state: for each state tensor of the rule, the number that it starts from. Default: 0.
         horizon: how many steps back a hypergradient looks, >= 1. With 1 it is that of the paper, which judges a step
             by the next gradient alone and so prefers step sizes that are too small (Wu et al., "Understanding
@@ -295,6 +295,8 @@ class Level:
         result, learned = [], self.learn_names
         for h, space in zip(RULES[self.rule]["hypers"], self.coordinates(), strict=True):
             low, high = self.bounds.get(h["name"], (h["low"], h["high"]))
+            if high > h["high"] and h["space"] == "tanh":  # what averages cannot go beyond 1, as a momentum can
+                high = h["high"]
             least, most = _RANGES[space] if h["name"] in learned else _RANGES["linear"]
             if h["space"] == "log" and space != "log" and h["name"] in learned and h["name"] not in self.bounds:
                 least = _OPEN_END * h["initial"]  # an eps of 0 would divide 0 by 0
@@ -339,8 +341,13 @@ class Level:
         every = {f.name for f in fields(Level)}
         return sorted((f.name for f in fields(self)), key=lambda name: name in every)
 
-    def make(self, group: dict[str, Any]) -> Optimizer | None:
-        """The optimizer that moves the parameters of a param group, if it is not this library."""
+    def make(self, group: dict[str, Any], is_part: bool) -> Optimizer | None:
+        """The optimizer that moves the parameters of a param group, if it is not this library.
+
+        Args:
+            group: the param group.
+            is_part: whether other processes may have parameters of it where this one has none.
+        """
         return None
 
     def step_of(self, group: dict[str, Any]) -> Callable[..., None]:

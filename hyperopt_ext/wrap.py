@@ -137,7 +137,7 @@ class Wrap(Level):
     def structure(self, learns: bool = True) -> str:
         return f"Wrap[{self}]{super().structure(learns).removeprefix(self.rule)}"
 
-    def make(self, group: dict[str, Any]) -> Optimizer:
+    def make(self, group: dict[str, Any], is_part: bool) -> Optimizer:
         """The optimizer of a param group."""
         if any(is_dtensor(p) for p in group["params"]):
             raise TypeError(f"Wrap: {self} cannot be wrapped around DTensors; use a level of this library")
@@ -146,10 +146,8 @@ class Wrap(Level):
             if "maximize" not in self._parameters(self.optimizer):
                 raise ValueError(f"Wrap: {self} has no maximize; change the sign of the loss")
             arguments["maximize"] = True
-        none = torch.zeros(
-            1, 1
-        )  # in a group that is empty here, but not in other processes: none is made of no parameter
-        optimizer = self.optimizer(group["params"] or [none], **{**arguments, "lr": self.lr})
+        nothing = [torch.zeros(1, 1)] if is_part else []  # no optimizer is made without a parameter
+        optimizer = self.optimizer(group["params"] or nothing, **{**arguments, "lr": self.lr})
         if not isinstance(optimizer, Optimizer) or len(optimizer.param_groups) != 1:
             raise TypeError(f"Wrap: {self} made {type(optimizer).__name__}, which is no torch.optim.Optimizer")
         closure = inspect.signature(optimizer.step).parameters.get("closure")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import itertools
 import re
 import runpy
 import sys
@@ -460,29 +461,36 @@ def asking_for_the_state_changes_nothing():
 def state_may_be_asked_for_where_one_process_has_none():
     """Of two stages, one is frozen, or has no parameters: torch.distributed.checkpoint makes a step there alone."""
     first = dist.get_rank() == 0
-    for stage in (nn.Linear(3, 2), nn.Linear(3, 2).requires_grad_(first), nn.Linear(3, 2) if first else nn.ReLU()):
-        for stack in (STACKS["adam"], hx.Wrap(torch.optim.Adam, lr=0.01) / hx.SGD(lr=1e-5)):
-            groups = [{"params": [*stage.parameters()]}]
-            opt = hx.HyperOptimizer(groups, stack, shard_group=dist.group.WORLD)
-            for i in range(6):
-                if i in (0, 1, 4):  # once more before the first step, and between two
-                    stage.zero_grad()
-                    before = values(opt)
-                    state_dict = get_optimizer_state_dict(stage, opt)
-                    assert len(state_dict["state"]) == sum(p.requires_grad for p in stage.parameters())
-                    assert torch.equal(values(opt), before)
-                for p in stage.parameters():
-                    p.grad = torch.ones_like(p) if p.requires_grad else None
-                opt.step()
+    stages = {
+        "both": lambda: nn.Linear(3, 2),
+        "one is frozen": lambda: nn.Linear(3, 2).requires_grad_(first),
+        "one is empty": lambda: nn.Linear(3, 2) if first else nn.ReLU(),
+    }
+    stacks = [STACKS["adam"], hx.Adam(lr=0.01), hx.Wrap(torch.optim.Adam, lr=0.01) / hx.SGD(lr=1e-5)]
+    for new_stage, stack, asked in itertools.product(stages.values(), stacks, [(0, 0), (0, 2), (2, 2), (3, 4)]):
+        stage = new_stage()
+        groups = [{"params": [*stage.parameters()]}]
+        opt = hx.HyperOptimizer(groups, stack, shard_group=dist.group.WORLD)
+        for i in range(5):
+            for _ in range(asked.count(i)):
+                stage.zero_grad()
+                before = values(opt)
+                state_dict = get_optimizer_state_dict(stage, opt)
+                assert len(state_dict["state"]) == sum(p.requires_grad for p in stage.parameters())
+                assert torch.equal(values(opt), before)
+            for p in stage.parameters():
+                p.grad = torch.ones_like(p) if p.requires_grad else None
+            opt.step()
+            if stack != hx.Adam(lr=0.01):  # which has nothing to agree on
                 assert_same_on_all(values(opt))
 
 
 @check(2)
-def a_gradient_on_one_process_is_a_step_on_all():
-    """An lr of 0 at the first step is a rehearsal only if no process has a gradient: processes must not disagree."""
+def an_lr_of_0_is_a_step_on_all():
+    """It is what torch.distributed.checkpoint makes state with, but from a caller it is a step, gradient or not."""
     mesh = init_device_mesh("cpu", (2,))
     for stack in (STACKS["adam"], STACKS["plain"]):
-        for row, steps in ((None, 0), (3, 1)):  # of four rows, the last two are on the second process
+        for row in (None, 3):  # of four rows, the last two are on the second process
             weight = nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
             opt = hx.HyperOptimizer([weight], stack)
             grad = torch.zeros(4, 2)
@@ -491,8 +499,18 @@ def a_gradient_on_one_process_is_a_step_on_all():
             weight.grad = distribute_tensor(grad, mesh, [Shard(0)])
             opt.param_groups[0]["lr"] = torch.tensor(0.0)
             opt.step()
-            assert opt.state[weight]["step"].item() == steps
+            assert opt.state[weight]["step"].item() == 1
             assert_same_on_all(values(opt))
+    first = dist.get_rank() == 0
+    stage = nn.Linear(3, 2).requires_grad_(first)
+    opt = hx.HyperOptimizer(stage.parameters(), STACKS["adam"], shard_group=dist.group.WORLD)
+    for i in range(4):
+        for p in stage.parameters():
+            p.grad = torch.ones_like(p) if first else None
+        if i % 2:
+            opt.param_groups[0]["lr"] = torch.tensor(0.0)
+        opt.step()
+        assert_same_on_all(values(opt))
 
 
 @check(2)
@@ -519,6 +537,17 @@ def errors():
     with pytest.raises(ValueError, match="state_dict: param group 0 is of the stack"):
         set_optimizer_state_dict(model, opt, get_optimizer_state_dict(model, other))
     assert unchanged()
+    # A bias that is replicated counts on the first process alone, and is checked on both.
+    replicated = nn.Parameter(distribute_tensor(torch.ones(3), init_device_mesh("cpu", (2,)), [Replicate()]))
+    opt2 = hx.HyperOptimizer([replicated], STACKS["adam"])
+    for _ in range(2):
+        replicated.grad = torch.ones_like(replicated)
+        opt2.step()
+    opt2.state[replicated]["exp_avg"] = torch.zeros(7, dtype=torch.float64)
+    tower = values(opt2)
+    with pytest.raises(ValueError, match=r"state\[0\] must .* belongs to parameter 0"):
+        opt2.step()
+    assert torch.equal(values(opt2), tower)
 
     weight = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]))
     with pytest.raises(TypeError, match="cannot be wrapped around DTensors"):

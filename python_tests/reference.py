@@ -222,7 +222,7 @@ class _Set:
             value = torch.minimum(value, self.level.growth * self.h[name])
         cut = not torch.isclose(value, to_h(moved), rtol=1e-12, atol=0)
         self.bounded[name] += cut
-        self.x[name], self.h[name] = to_x(value, self.x[name]) if cut else moved, value
+        self.x[name], self.h[name] = to_x(value, moved) if cut else moved, value
 
     def use(self, t: int) -> None:
         self.used = dict(self.h)

@@ -223,34 +223,44 @@ def test_a_tensor_in_the_place_of_another_has_its_tower():
     torch.testing.assert_close(q.detach(), torch.full((3,), 0.5))
 
 
-@pytest.mark.parametrize("change", [lambda group: group["params"].reverse(), lambda group: reverse(group)])
-def test_towers_follow_tensors_that_change_places(change):
-    problem, alone = Regression(12), Regression(12)
-    opt = hx.HyperOptimizer(problem.model.parameters(), TENSORS)
-    other = hx.HyperOptimizer(alone.model.parameters(), TENSORS)
+CHANGED = {
+    "in place": lambda opt: opt.param_groups[0]["params"].reverse(),
+    "another list": lambda opt: opt.param_groups[0].update(params=opt.param_groups[0]["params"][::-1]),
+    "another dict": lambda opt: opt.param_groups.append(
+        {**(group := opt.param_groups.pop()), "params": group["params"][::-1]}
+    ),
+    "one of them is new": lambda opt: opt.param_groups[0]["params"].insert(0, torch.ones(2)),
+}
+LOOKS = [lambda opt: opt.step(), lambda opt: opt.hyperparameters(), lambda opt: opt.state_dict()]
+
+
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("change", CHANGED.values(), ids=CHANGED)
+def test_tensors_with_towers_of_their_own_keep_their_places(change, look):
+    problem, alone = Regression(8), Regression(8)
+    opt, other = (hx.HyperOptimizer(p.model.parameters(), TENSORS) for p in (problem, alone))
     problem.train(opt, range(4))
-    change(opt.param_groups[0])
-    copied, copied_opt = copy.deepcopy((problem, opt))
+    before = [*opt.param_groups[0]["params"]]
+    change(opt)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"for each .*tensor"):
+            look(opt)
+    opt.param_groups[0]["params"][:] = before
     problem.train(opt, range(4, 8))
-    copied.train(copied_opt, range(4, 8))
     alone.train(other, range(8))
     assert same(problem, alone)
-    assert same(copied, alone)
-    expected = other.hyperparameters()[0]["lr"].flip(0)
-    assert len({*expected.tolist()}) == len(expected)
-    assert torch.equal(opt.hyperparameters()[0]["lr"], expected)
-
-    resumed = Regression(12)
-    resumed.model.load_state_dict(problem.model.state_dict())
-    resumed_opt = hx.HyperOptimizer([*resumed.model.parameters()][::-1], TENSORS)
-    resumed_opt.load_state_dict(opt.state_dict())
-    resumed.train(resumed_opt, range(8, 12))
-    alone.train(other, range(8, 12))
-    assert same(resumed, alone)
+    assert torch.equal(*(o.param_groups[0]["tower"] for o in (opt, other)))
 
 
-def reverse(group):
-    group["params"] = group["params"][::-1]
+def test_the_order_of_tensors_that_share_a_tower_is_free():
+    problem = Regression(8)
+    opt = hx.HyperOptimizer(problem.model.parameters(), hx.Adam(lr=0.01) / hx.SGD(lr=1e-4))
+    problem.train(opt, range(4))
+    lr = opt.hyperparameters()[0]["lr"]
+    opt.param_groups[0]["params"].reverse()
+    problem.train(opt, range(4, 8))
+    assert opt.hyperparameters()[0]["lr"] == lr
+    assert {opt.state[p]["step"].item() for p in problem.model.parameters()} == {8}
 
 
 def test_a_group_may_hold_entries_of_others():

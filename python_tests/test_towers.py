@@ -54,8 +54,8 @@ def test_a_bound_leaves_a_coordinate_on_its_side():
     opt, reference, tower = hx.HyperOptimizer([w], stack), ReferenceTower([w], stack, TWINS), hx.functional.tower(stack)
     params, state = tower.init([w])
     coordinates = []
-    for sign in (1, -1, -1, -1, -1, 1, 1, -1, -1, -1):
-        grad = torch.full((2,), 0.5 * sign, dtype=torch.float64)
+    for size in (0.5, -0.5, -0.5, -0.5, -0.5, 0.5, 0.5, -5.0, -5.0, 0.5, 0.5):  # two cross 0 and a bound in one move
+        grad = torch.full((2,), size, dtype=torch.float64)
         w.grad = grad.clone()
         opt.step()
         reference.step(lambda params, grad=grad: params[0] @ grad)
@@ -65,6 +65,24 @@ def test_a_bound_leaves_a_coordinate_on_its_side():
             assert opt.hyperparameters()[0]["lr"].item() == pytest.approx(float(values["lr"]), rel=1e-12)
     assert min(coordinates) == -0.5
     assert opt.bounded_steps()[0]["lr"] > 0
+
+
+@pytest.mark.parametrize("learn", ["lr", ("lr", "beta1", "beta2")])
+@pytest.mark.parametrize("space", ["tanh", "linear"])
+def test_no_bounds_let_a_beta_reach_1(space, learn):
+    wide = {"beta1": (0.0, 2.0), "beta2": (-1.0, math.inf)}
+    base = hx.Adam(lr=0.1, learn=learn, space=dict.fromkeys(wide, space), bounds=wide)
+    p = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    opt = hx.HyperOptimizer([p], base / hx.SGD(lr=1e3, momentum=0.9), nonfinite="hold")
+    for i in range(8):
+        if i == 4:
+            opt.param_groups[0]["betas"] = (1.0, 1.5)
+        p.grad = torch.full_like(p, (-1.0) ** (i // 2))
+        opt.step()
+        values = opt.hyperparameters()[0]
+        assert values["beta1"] < 1.0
+        assert values["beta2"] < 1.0
+        assert p.isfinite().all()
 
 
 def test_a_momentum_above_1_follows_the_package():

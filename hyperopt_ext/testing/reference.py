@@ -34,7 +34,7 @@ def larger(a: Tensor, b: Tensor) -> Tensor:
 COORDINATES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "linear": (lambda x: x, lambda h, _: h),
     "log": (torch.exp, lambda h, _: torch.log(h)),
-    "square": (torch.square, lambda h, last: h.sqrt().copysign(last)),
+    "square": (torch.square, lambda h, x: h.sqrt().copysign(x)),
     "softplus": (torch.nn.functional.softplus, lambda h, _: h + torch.log(-torch.expm1(-h))),
     "tanh": (lambda x: (torch.tanh(x) + 1) / 2, lambda h, _: torch.atanh(2 * h - 1)),
     "multiplicative": (torch.exp, lambda h, _: torch.log(h)),
@@ -97,7 +97,7 @@ class ReferenceTower:
                     value = to_h(moved).detach()
                     projected = value.clamp(*level.limits[name])
                     if projected != value:
-                        moved = moved + (to_x(projected, x) - moved).detach()
+                        moved = moved + (to_x(projected, moved) - moved).detach()
                     level.x[name] = moved if moved.requires_grad else moved.requires_grad_()
         base, h = self.levels[0], self.levels[0].h()
         self.params = [base.update(i, w, of[id(w)], self.steps, h) for i, w in enumerate(self.params)]

@@ -283,11 +283,10 @@ def draw(rows: list[dict[str, Any]], options: argparse.Namespace) -> Figure:
             ax.grid(alpha=0.3)
     figure.supxlabel("epochs")
     figure.supylabel("training loss (nats, mean of an epoch)")
-    figure.suptitle(
-        f"CIFAR-10, ResNet-20 of width {options.width}, {options.images} pictures of {options.pixels} x "
-        f"{options.pixels}, {options.seeds} seed{'s' * (options.seeds > 1)}; {describe_machine()}",
-        fontsize=10,
-    )
+    pictures = f"{options.images} pictures of {options.pixels} x {options.pixels}, {options.epochs} epochs"
+    seeds = f"{options.seeds} seed{'s' * (options.seeds > 1)}"
+    title = f"CIFAR-10, ResNet-20 of width {options.width}, {pictures}, {seeds}; {describe_machine()}"
+    figure.suptitle(title, fontsize=10)
     return figure
 
 

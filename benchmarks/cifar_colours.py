@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from experiments import Result, Run, mean_and_sd, options, save, sweep, trainer
+from experiments import Result, Run, cifar10, mean_and_sd, options, save, sweep, trainer
 from harness import describe_machine, output
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
@@ -91,17 +91,9 @@ class UNet(nn.Module):
         return self.last(torch.cat([x, whole], dim=1))
 
 
-def horses(folder: Path, files: list[str]) -> np.ndarray:
-    """[n, 3, 32, 32], in [0, 1], from files of records of a label and 3072 bytes."""
-    records = np.concatenate([np.fromfile(folder / "cifar-10-batches-bin" / name, np.uint8) for name in files])
-    records = records.reshape(-1, 1 + 3 * 32 * 32)
-    return records[records[:, 0] == HORSE, 1:].reshape(-1, 3, 32, 32).astype(np.float32) / 256
-
-
 def load(folder: Path) -> Data:
     """Grey pictures [n, 1, 32, 32], and the colour of each pixel [n, 32, 32]."""
-    train = horses(folder, [f"data_batch_{i}.bin" for i in range(1, 6)])
-    test = horses(folder, ["test_batch.bin"])
+    train, test = (pictures[labels == HORSE].astype(np.float32) / 256 for pictures, labels in cifar10(folder))
     pixels = train.transpose(0, 2, 3, 1).reshape(-1, 3)
     some = np.random.default_rng(0).choice(pixels, 50_000, replace=False)
     colours = KMeans(COLOURS, n_init=1, random_state=0).fit(some)

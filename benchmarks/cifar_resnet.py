@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from experiments import Result, mean_and_sd, options, save, sweep, trainer
+from experiments import Result, cifar10, mean_and_sd, options, save, sweep, trainer
 from harness import describe_machine, output
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
@@ -127,15 +127,10 @@ def resnet(width: int) -> nn.Sequential:
 
 def load(folder: Path) -> Data:
     """Pictures [n, 3, 32, 32] as bytes, and their labels [n]."""
-
-    def part(files: list[str]) -> tuple[Tensor, Tensor]:
-        records = np.concatenate([np.fromfile(folder / "cifar-10-batches-bin" / name, np.uint8) for name in files])
-        records = records.reshape(-1, 1 + 3 * SIZE * SIZE)
-        return torch.from_numpy(records[:, 1:].reshape(-1, 3, SIZE, SIZE)), torch.from_numpy(records[:, 0]).long()
-
-    return Data(
-        "CIFAR-10", part([f"data_batch_{i}.bin" for i in range(1, 6)]), part(["test_batch.bin"]), BATCH, epochs=200
+    train, test = (
+        (torch.from_numpy(pictures), torch.from_numpy(labels).long()) for pictures, labels in cifar10(folder)
     )
+    return Data("CIFAR-10", train, test, BATCH, epochs=200)
 
 
 def inputs(pictures: Tensor, pixels: int) -> Tensor:

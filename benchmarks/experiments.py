@@ -206,6 +206,17 @@ def train(run: Run, data: Data) -> Result:
     }
 
 
+def cifar10(folder: Path) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Pictures [n, 3, 32, 32] and labels [n], as bytes, to train and to test with."""
+
+    def part(*names: str) -> tuple[np.ndarray, np.ndarray]:
+        records = np.concatenate([np.fromfile(folder / "cifar-10-batches-bin" / name, np.uint8) for name in names])
+        records = records.reshape(-1, 1 + 3 * 32 * 32)
+        return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
+
+    return part(*(f"data_batch_{i}.bin" for i in range(1, 6))), part("test_batch.bin")
+
+
 _data: Data
 
 

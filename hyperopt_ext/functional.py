@@ -29,7 +29,7 @@ from torch.nn.functional import logsigmoid
 
 from hyperopt_ext import levels
 from hyperopt_ext.stack import RULES, Level, Stack
-from hyperopt_ext.update import check_no_module, is_exporting, state_dtype
+from hyperopt_ext.update import check_no_module, is_exporting, new_state
 
 State = dict[str, list[Tensor]]
 Params = TypeVar("Params", bound=Sequence[Tensor] | Mapping[str, Tensor])
@@ -116,7 +116,7 @@ def _update(
     if state is not None and not isinstance(state, Mapping):
         raise TypeError(f"state must be None or a dict of lists of tensors, not {type(state).__name__}")
     if state is None:
-        state = {name: [_new_state(p, name) for p in params] for name in slots}
+        state = {name: [new_state(p, name) for p in params] for name in slots}
     if sorted(state) != sorted(slots):
         raise ValueError(
             f"state must hold {', '.join(slots) or 'nothing'} for {rule}, not {', '.join(state) or 'nothing'}"
@@ -145,10 +145,6 @@ def _tensors(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a list of tensors, but {name}[{i}] is {t!r}")
     return tensors
-
-
-def _new_state(p: Tensor, name: str, value: float = 0.0) -> Tensor:
-    return torch.full_like(p, value, dtype=state_dtype(p, name), requires_grad=False)
 
 
 # Of each coordinate (hx.Level, `space`), h = T(x) and its inverse, which is finite at the ends of the range, too, and
@@ -266,7 +262,7 @@ class Tower:
 
         def start() -> list[State]:
             return [
-                {name: [_new_state(t, name, number) for t in tensors] for name, number in level.start().items()}
+                {name: [new_state(t, name, number) for t in tensors] for name, number in level.start().items()}
                 for level, tensors in zip(self.stack, moved, strict=True)
             ]
 

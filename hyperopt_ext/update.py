@@ -60,6 +60,11 @@ def state_dtype(p: Tensor, name: str) -> torch.dtype:
     return p.dtype if name == "last_param" or p.dtype == torch.float64 else torch.float32
 
 
+def new_state(p: Tensor, name: str, value: float = 0.0) -> Tensor:
+    like = torch.empty((), device=p.device) if name in ("step", "tick") else p
+    return torch.full_like(like, value, dtype=state_dtype(p, name), requires_grad=False)
+
+
 def is_state(known: Mapping[str, Any] | None) -> TypeGuard[dict[str, Tensor]]:
     """Whether it is this library's: an entry may be empty, having been looked at, or hold a caller's own."""
     return known is not None and "step" in known
@@ -363,11 +368,7 @@ class Group:
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
         start = {"step": 0, "tick": -1, **self.states, **dict.fromkeys(self.records, 0)}
-        state = {}
-        for name, value in start.items():
-            shape = torch.empty((), device=p.device) if name in ("step", "tick") else p
-            state[name] = torch.full_like(shape, value, dtype=state_dtype(p, name), requires_grad=False)
-        return state
+        return {name: new_state(p, name, value) for name, value in start.items()}
 
 
 def adopt_assignments(groups: list[Group]) -> None:

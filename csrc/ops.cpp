@@ -33,19 +33,18 @@
 #include "tower.h"
 
 namespace hyperopt_ext {
+
+#ifdef HX_EMULATE_CUDA  // the tests: the CUDA kernels as loops on the host (cuda/block.h), beside the library
+extern const char* const kNamespace;
+#else
+constexpr const char* kNamespace = "hyperopt_ext";
+#endif
+
 namespace {
 
 using at::Tensor;
 using at::TensorList;
 using torch::autograd::variable_list;
-
-#if defined(HX_RUN_PTX)  // the tests: the CUDA kernels as loops on the host, see cuda/block.h
-constexpr char kNamespace[] = "hyperopt_ext_ptx";
-#elif defined(HX_EMULATE_CUDA)
-constexpr char kNamespace[] = "hyperopt_ext_emulated";
-#else
-constexpr char kNamespace[] = "hyperopt_ext";
-#endif
 
 torch::Library& torch_library() {
   static auto* const lib = new torch::Library(torch::Library::FRAGMENT, kNamespace, std::nullopt, __FILE__, __LINE__);

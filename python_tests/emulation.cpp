@@ -4,6 +4,11 @@
 #include "library.h"
 #include "ops.h"
 
+namespace hyperopt_ext {
+extern const char* const kNamespace;  // of ops.cpp
+const char* const kNamespace = "hyperopt_ext_" HX_KIND;
+}  // namespace hyperopt_ext
+
 using namespace hyperopt_ext;
 
 extern "C" {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import hashlib
 import subprocess
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -61,18 +62,25 @@ def compiled(name: str) -> tuple[str, str]:
 def load(kind: str) -> ctypes.CDLL:
     folder = ROOT / "build" / kind
     _build.built_in_rules(folder, RULES)
-    digest = f'#define HX_HEADERS "{_build.digest(CSRC)}"\n'
     units = {f"{name}_cu.cpp": text for name, text in UNITS.items()}
-    units["emulation.cpp"] = f'{digest}#include "{ROOT}/python_tests/emulation.cpp"\n'
     if kind == "ptx":
         units["ptx.cpp"], code = translate(compiled(name)[1] for name in UNITS)
+    host = [CSRC / name for name in ("ops.cpp", "pass.cpp", "tower.cpp", "cuda/passes.cpp")]
+    content = hashlib.sha256(b"".join(source.read_bytes() for source in host)).hexdigest()
+    defines = f'#define HX_HEADERS "{_build.digest(CSRC)}"\n#define HX_KIND "{kind}"\n'
+    units["emulation.cpp"] = f'{defines}#include "{ROOT}/python_tests/emulation.cpp"  // linked with {content}\n'
+    linked: list[str] = []
+    if kind != "emulated":  # what is not of the kernels is compiled once
+        load("emulated")
+        linked = [str(ROOT / "build" / "emulated" / f"{source.stem}.o") for source in host]
+        host = []
     sources = [_build.write(folder / name, text) for name, text in units.items()]
-    sources += [CSRC / name for name in ("ops.cpp", "pass.cpp", "tower.cpp", "cuda/passes.cpp")]
     cpp_extension.load(
         f"hyperopt_ext_{kind}",
-        [str(source) for source in sources],
+        [str(source) for source in sources + host],
         extra_include_paths=[str(CSRC), str(folder), str(ROOT / "python_tests")],
         extra_cflags=PTX_FLAGS if kind == "ptx" else FLAGS,
+        extra_ldflags=linked,
         build_directory=str(folder),
         is_python_module=False,
     )

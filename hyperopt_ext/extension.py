@@ -194,19 +194,28 @@ def _ninja_on_path() -> Iterator[None]:
         os.environ["PATH"] = before
 
 
+# g++ names a rule before what is wrong with it, nvcc and clang after that.
+_RULE = re.compile(r"\[with R ?= ?(?:\w+::)*([\w<>]+)|Registration<(?:\w+::)+([\w<>]+)>::")
+_ERROR = re.compile(r"^(.+?)[:(](\d+)\S* (?:fatal )?error:? (.*)")
+
+
 def _errors(output: str) -> str:
     """The errors in a compiler's output: what a rule lacks, or what its author is likely to have to correct."""
-    missing, others, rule = [], [], ""
+    missing, others, unnamed, rule = [], [], [], ""
     for line in output.splitlines():
-        if where := re.search(r"\[with R ?= ?(?:\w+::)*([\w<>]+)", line):
-            rule = f"{where[1]}: "
-        if found := re.search(r"^(.+?)[:(](\d+)\S* (?:fatal )?error:? (.*)", line):
-            _, ours, message = found[3].partition("hyperopt_ext: ")
-            if ours:
-                missing.append("  " + rule + message.rstrip('"'))  # nvcc quotes it
-            else:
+        if where := _RULE.search(line):
+            rule = f"  {where[1] or where[2]}: "
+            missing += [rule + message for message in unnamed]
+            unnamed = []
+        if found := _ERROR.search(line):
+            before, ours, message = found[3].partition("hyperopt_ext: ")
+            if not ours:
                 others.append(f"  {Path(found[1]).name}:{found[2]}: {found[3]}")
-    errors = list(dict.fromkeys(others or missing))[:20]
+            elif before.endswith("failed: "):  # g++
+                missing.append(rule + message)
+            else:  # in quotes, but for newer clang
+                unnamed.append(message.removesuffix('"').replace('\\"', '"'))
+    errors = list(dict.fromkeys(others or [*missing, *(f"  {message}" for message in unnamed)]))[:20]
     return "\n".join([*errors, *([f"  {_HINT}"] if others else [])]) or output
 
 

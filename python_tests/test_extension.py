@@ -409,16 +409,39 @@ def test_a_build_that_was_killed_holds_nobody_up(plain, header):
     assert [process.communicate(timeout=100)[0].split()[-1] for process in both] == [plain.__name__] * 2
 
 
-NVCC = """
-contract.h(132): error: static assertion failed with "hyperopt_ext: the rule has no 'static auto penalty(p, w)'"
+OTHER_COMPILERS = {
+    "nvcc": """
+contract.h(133): error: static assertion failed with "hyperopt_ext: the rule has no 'static auto penalty(p, w)'"
     static_assert(penalised,
-            instantiation of "bool hyperopt_ext::keeps_contract<R>() [with R=hyperopt_ext::Mine]" at line 43 of mine.h
-1 error detected in the compilation of "mine_cuda.cu".
-"""
+          detected during:
+            instantiation of "__nv_bool hyperopt_ext::detail::has_step<R,P,I...>() [with R=hyperopt_ext::Mine, I=<>]"
+            instantiation of "__nv_bool hyperopt_ext::keeps_contract<R>() [with R=hyperopt_ext::Mine]" at line 42
+contract.h(163): error: static assertion failed with "hyperopt_ext: the rule has no 'char name[] = "..."'"
+            instantiation of "__nv_bool hyperopt_ext::keeps_contract<R>() [with R=hyperopt_ext::Other<true>]" at line 42
+2 errors detected in the compilation of "mine_cuda.cu".
+""",
+    "clang 14": r"""
+contract.h:133:3: error: static_assert failed due to requirement 'x' "hyperopt_ext: the rule has no 'static auto penalty(p, w)'"
+  static_assert(penalised,
+mine.h:9:1: note: in instantiation of member function 'hyperopt_ext::Registration<hyperopt_ext::Mine>::Registration' requested here
+contract.h:163:3: error: static_assert failed due to requirement 'name' "hyperopt_ext: the rule has no 'char name[] = \"...\"'"
+mine.h:9:1: note: in instantiation of member function 'hyperopt_ext::Registration<hyperopt_ext::Other<true>>::Registration' requested here
+register.h:117:86: note: expanded from macro 'HX_REGISTER_RULE'
+#define HX_REGISTER_RULE(...) static const ::hyperopt_ext::Registration<__VA_ARGS__> HX_JOIN(registration, __COUNTER__);
+2 errors generated.
+""",  # noqa: E501
+}
 
 
-def test_errors_of_nvcc_are_understood():
-    assert extension._errors(NVCC) == "  the rule has no 'static auto penalty(p, w)'"
+@pytest.mark.parametrize("compiler", OTHER_COMPILERS)
+def test_errors_of_other_compilers_are_understood(compiler):
+    assert extension._errors(OTHER_COMPILERS[compiler]).splitlines() == [
+        "  Mine: the rule has no 'static auto penalty(p, w)'",
+        "  Other<true>: the rule has no 'char name[] = \"...\"'",
+    ]
+
+
+def test_an_error_that_is_not_of_the_contract_is_shown_as_it_is():
     own = extension._errors('/a/mine.h(9): error: identifier "x" is undefined')
     assert own.splitlines()[0] == '  mine.h:9: identifier "x" is undefined'
     assert extension._errors("ninja: out of memory") == "ninja: out of memory"

@@ -8,27 +8,33 @@ import torch
 import hyperopt_ext as hx
 
 SHAPES = [(), (3,), (5, 7), (8195,)]  # ragged ends, and more than a chunk
+MANY = [(1,)] * 2100  # several launches, and more chunks than one block adds up
 STACKS = {
-    "a record": hx.Adam() / hx.Adam(lr=1e-4) / hx.SGD(lr=1e-6),
-    "traces, a cap": hx.SGD(momentum=0.9, learn="lr", horizon=10, trust=0.1) / hx.SGD(lr=1e-6),
-    "a tower for each tensor": hx.AdamW(granularity="tensor") / hx.SGD(lr=1e-6),
+    "a record": (hx.Adam() / hx.Adam(lr=1e-4) / hx.SGD(lr=1e-6), SHAPES),
+    "traces, a cap": (hx.SGD(momentum=0.9, learn="lr", horizon=10, trust=0.1) / hx.SGD(lr=1e-6), SHAPES),
+    "a tower for each tensor": (hx.AdamW(granularity="tensor") / hx.SGD(lr=1e-6), SHAPES),
+    "nothing learned": (hx.SGD(), SHAPES),
+    "many tensors": (hx.Adam() / hx.SGD(lr=1e-6), MANY),
 }
 
 
 def main() -> None:
-    for name, stack in STACKS.items():
+    for name, (stack, shapes) in STACKS.items():
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
-            params = [torch.randn(shape, device="cuda").to(dtype).requires_grad_() for shape in SHAPES]
-            opt = hx.HyperOptimizer(params, stack)
+            params = [torch.randn(shape, device="cuda").to(dtype).requires_grad_() for shape in shapes]
+            opt = hx.HyperOptimizer(params, stack, nonfinite="skip")
             for step in range(3):
                 for p in params:
-                    p.grad = torch.ones_like(p)
+                    padded = torch.ones(p.numel() + 1, dtype=dtype, device="cuda")
+                    p.grad = padded[step % 2 :][: p.numel()].view(p.shape)  # in one step, not aligned
                 params[step].grad = None
                 opt.step()
             assert all(torch.isfinite(p).all() for p in params), name
-    w, lr = torch.ones(1000, device="cuda", requires_grad=True), torch.tensor(0.1, device="cuda", requires_grad=True)
-    [new], _ = hx.functional.adam([w], [2 * w], None, {"lr": lr}, torch.tensor(1, device="cuda"), detach=False)
-    new.sum().backward()
+    for detach in (True, False):
+        w, lr = (torch.full((n,), 0.1, device="cuda", requires_grad=True) for n in (1000, 1))
+        step = torch.tensor(1, device="cuda")
+        [new], _ = hx.functional.adam([w], [2 * w], None, {"lr": lr.reshape(())}, step, detach=detach)
+        new.sum().backward()
     torch.cuda.synchronize()
 
 

@@ -9,6 +9,7 @@ import hashlib
 import os
 import shlex
 import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from typing import Any
 import torch
 from torch.utils import cpp_extension
 
+# Apple's compiler knows no OpenMP: torch's loops are serial there.
+OPENMP_FLAGS = [] if sys.platform == "darwin" else ["-fopenmp"]
 CXX_FLAGS = [
     "-O3",
     "-g0",
-    "-fopenmp",
+    *OPENMP_FLAGS,
     "-fvisibility=hidden",
     "-Wall",
     "-Wextra",
@@ -32,7 +35,6 @@ CXX_FLAGS = [
 # A host function that a kernel calls is dropped with a warning else.
 NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr", "-Werror", "cross-execution-space-call"]
 NVCC_FLAGS += ["-Xcompiler", "-fvisibility=hidden"]
-LINK_FLAGS = ["-fopenmp"]
 # What CUDA kernels are compiled for where there is no GPU and TORCH_CUDA_ARCH_LIST names none: sm_80, sm_90 and later.
 ARCHITECTURE_FLAGS = [
     "-gencode=arch=compute_80,code=sm_80",
@@ -126,6 +128,6 @@ def extension(name: str, sources: Iterable[Path], include: Iterable[Path], **arg
         include_dirs=[str(folder) for folder in include],
         define_macros=[("HX_WITH_CUDA", None)] if cuda else [],
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": nvcc_flags()},
-        extra_link_args=LINK_FLAGS,
+        extra_link_args=OPENMP_FLAGS,
         **arguments,
     )

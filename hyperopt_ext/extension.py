@@ -132,7 +132,7 @@ def build_rules(
                 [str(source) for source in _build.units(folder, include, _includes(paths))],
                 extra_cflags=[*_build.CXX_FLAGS],
                 extra_cuda_cflags=_build.nvcc_flags(),
-                extra_ldflags=[*_build.LINK_FLAGS],
+                extra_ldflags=[*_build.OPENMP_FLAGS],
                 extra_include_paths=[str(include)],
                 build_directory=str(folder),
                 is_python_module=False,
@@ -201,7 +201,10 @@ _ERROR = re.compile(r"^(.+?)[:(](\d+)\S* (?:fatal )?error:? (.*)")
 
 def _errors(output: str) -> str:
     """The errors in a compiler's output: what a rule lacks, or what its author is likely to have to correct."""
-    missing, others, unnamed, rule = [], [], [], ""
+    missing: list[str] = []
+    unnamed: list[str] = []
+    others: list[str] = []
+    rule = ""
     for line in output.splitlines():
         if where := _RULE.search(line):
             rule = f"  {where[1] or where[2]}: "

@@ -101,7 +101,7 @@ def _assigned(name: str, value: Any, live: Tensor) -> float | Tensor:
 
 
 def write(target: Tensor, value: float | Tensor) -> None:
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and value.dim() > 0:
         target.copy_(value)
     else:
         target.fill_(value)  # a copy from the host would wait for the device

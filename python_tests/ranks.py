@@ -232,6 +232,11 @@ def fsdp2_compiled():
     problem, eager = Half(20), Half(20)
     optimizers = [hx.HyperOptimizer(sharded(p).parameters(), STACKS["auto"]) for p in (problem, eager)]
     step = torch.compile(optimizers[0].step, fullgraph=True, backend="aot_eager")
+    if torch.__version__ >= "2.14":  # cannot make guards of DTensors whose gradients are views of something flat
+        problem.loss(0).backward()
+        with pytest.raises(IndexError):
+            step()
+        return
     for i in range(20):
         optimizers[0].zero_grad()
         problem.loss(i).backward()

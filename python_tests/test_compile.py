@@ -420,6 +420,7 @@ def test_a_training_step_in_a_cuda_graph():
             torch.compiler.cudagraph_mark_step_begin()
             step(eager.x[i], eager.y[i])
     assert_one_graph()
+    assert counters["inductor"]["cudagraph_skips"] == 0
     assert_compiled_equals_eager(eager, compiled, optimizers)
 
 

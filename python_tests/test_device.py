@@ -176,14 +176,14 @@ def test_a_count_of_blocks_that_was_cut_short_is_mended(device):
 
 def test_more_tensors_and_towers_than_fit_into_a_launch(device):
     def make():
-        params = [torch.nn.Parameter(torch.linspace(-1, 1, 7 + i, dtype=torch.float64)) for i in range(120)]
-        groups = [{"params": params[i : i + 2], "lr": 0.01 * (i + 1)} for i in range(0, 120, 2)]
+        params = [torch.nn.Parameter(torch.linspace(-1, 1, 7 + i, dtype=torch.float64)) for i in range(200)]
+        groups = [{"params": params[i : i + 2], "lr": 0.01 * (i + 1)} for i in range(0, 200, 2)]
         return train(hx.Adam(lr=0.01) / hx.SGD(lr=1e-6), groups)
 
     both(device, make, 1e-12)
 
     def one_group():
-        params = [torch.nn.Parameter(torch.linspace(-1, 1, 7 + i, dtype=torch.float64)) for i in range(120)]
+        params = [torch.nn.Parameter(torch.linspace(-1, 1, 7 + i, dtype=torch.float64)) for i in range(200)]
         return train(hx.Adam(lr=0.01) / hx.SGD(lr=1e-6), params)
 
     both(device, one_group, 1e-12)
@@ -407,6 +407,8 @@ class TestOnlyOnAGPU:
         with torch.device("cuda"):
             opt = train(hx.Adam(lr=0.01, trust=0.1) / self.STACK, shaped(torch.float32)[:6], steps=2)
             with waiting_is_an_error():
+                opt.step()
+                opt.param_groups[0]["lr"] = torch.tensor(0.02, device="cpu")
                 opt.step()
 
     def test_a_step_can_be_captured_and_replayed(self):

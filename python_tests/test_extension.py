@@ -223,7 +223,7 @@ def test_what_a_rule_lacks_is_an_error_that_names_it(tmp_path):
 
 def test_an_error_in_a_rule_is_shown_with_its_line(tmp_path):
     (tmp_path / "wrong.h").write_text(rule_text("wrong", ("* e); }", "* e + gradient); }")))
-    with pytest.raises(RuntimeError, match=r"^wrong\.h does not compile:\n  wrong\.h:17: .gradient. was not declared"):
+    with pytest.raises(RuntimeError, match=r"^wrong\.h does not compile:\n  wrong\.h:17: .*\bgradient\b"):
         hx.extension.load_rule("wrong.h")
     with pytest.raises(RuntimeError, match=r"a rule is made of \+ - \* /, sqrt, pow, max, sign, where and constant"):
         hx.extension.load_rule("wrong.h")
@@ -284,7 +284,7 @@ def test_what_a_rule_includes_is_part_of_it(tmp_path):
     header.write_text('#include "inner.h"\n' + rule_text("outer", ("* e); }", "* e * kFactor); }")))
     included.write_text('#include "missing.h"\nconstexpr double kFactor = 2;\n')
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"^outer\.h does not compile:\n  inner\.h:1: missing\.h"):
+        with pytest.raises(RuntimeError, match=r"^outer\.h does not compile:\n  inner\.h:1: .*missing\.h"):
             hx.extension.load_rule(header)
     included.write_text("constexpr double kFactor = 2;\n")
     level = hx.extension.load_rule(header)

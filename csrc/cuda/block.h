@@ -33,8 +33,9 @@
 namespace hyperopt_ext {
 namespace cuda {
 
-// Arguments of a kernel are at most this large, whatever the driver.
-constexpr std::size_t kArgumentBytes = 4096;
+// Arguments of a kernel are at most this large: the tensors of most models fit in. CUDA allows twice as much, from 12.1 on,
+// with a driver from 530 on; a launch copies all of it.
+constexpr std::size_t kArgumentBytes = 16384;
 
 #ifdef __CUDACC__
 

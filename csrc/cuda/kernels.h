@@ -101,7 +101,13 @@ struct PreparedStep {
   using P = Prepared<R, A, S>;
   alignas(16) unsigned char bytes[sizeof(P)];
 
-  HX_FN void set(const double* hyper, double step) { new (bytes) P(to<A>(R::prepare(HypersOf<R, S>{hyper}, step))); }
+  HX_FN void set(const double* hyper, double step) {
+    constexpr int kHypers = int(R::hypers.size());
+    double values[kHypers];  // read at once: where it is needed, one read would wait for a power of another
+    HX_UNROLL
+    for (int i = 0; i < kHypers; ++i) values[i] = hyper[i];
+    new (bytes) P(to<A>(R::prepare(HypersOf<R, S>{values}, step)));
+  }
   HX_FN P get() const { return *reinterpret_cast<const P*>(bytes); }
 };
 

@@ -57,7 +57,7 @@ struct Sums {
 
 // The arguments of a kernel of the passes: a list of tensors, which are cut into chunks, a block each.
 struct Launch {
-  static constexpr int kWords = 487;
+  static constexpr int kWords = 2023;
   double* tower;  // [rows, width], see tower.h
   std::int64_t width;
   double horizon, horizon_growth, scale;

@@ -185,10 +185,10 @@ class Batch {
 
   // f(launch, arithmetic): as many tensors at once as fit, those of one arithmetic at a time.
   template <class F>
-  void each_launch(F&& f) const {
+  void each_launch(F&& f) {
     const int most = Launch::kWords / common_.stride;
+    Launch& launch = common_;  // not a copy: it is large
     for (const ScalarType type : {kFloat, kDouble}) {
-      Launch launch = common_;
       const auto flush = [&] {
         if (launch.tensors == 0) return;
         f(launch, type);

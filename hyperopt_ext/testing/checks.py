@@ -376,7 +376,7 @@ def assert_compiled_equals_eager(a: Regression, b: Regression, optimizers: Seque
     stack = optimizers[0].param_groups[0]["stack"]
     for level, *values in zip(stack, *(opt.hyperparameters() for opt in optimizers), strict=True):
         for name, start in level.values().items():
-            x, y = (torch.cat([v[name].reshape(-1), torch.tensor([start], dtype=torch.float64)]) for v in values)
+            x, y = (torch.cat([v[name].reshape(-1).cpu(), torch.tensor([start], dtype=torch.float64)]) for v in values)
             assert_near(y, x, f"compiled {name}", tolerance)
 
 

@@ -213,6 +213,7 @@ class _WrappedStep:
 
     def __init__(self, level: Wrap, group: dict[str, Any]) -> None:
         self.optimizer: Optimizer = group["optimizer"]
+        self.optimizer.param_groups[0]["params"] = group["params"]  # one list, to which the caller may append
         self.group = group
         self.names = level.learn_names
         self.start = _C.tower_offsets(group["stack"].plan())[0][2]

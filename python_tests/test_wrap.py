@@ -437,6 +437,23 @@ def test_what_the_optimizer_does_not_take_leaves_no_group_behind():
     assert len(opt.param_groups) == 1
 
 
+def test_a_parameter_that_was_appended_is_saved():
+    """As in torch.optim, whose groups are lists."""
+    runs = [Regression(6) for _ in range(2)]
+    stack = hx.Wrap(torch.optim.AdamW, lr=0.01) / hx.SGD(lr=1e-5)
+    for problem, resumes in zip(runs, (False, True), strict=True):
+        first, *others = problem.model.parameters()
+        opt = hx.HyperOptimizer([first], stack)
+        opt.param_groups[0]["params"].extend(others)
+        problem.train(opt, range(3))
+        if resumes:
+            state_dict, opt = opt.state_dict(), hx.HyperOptimizer(problem.model.parameters(), stack)
+            opt.load_state_dict(state_dict)
+        problem.train(opt, range(3, 6))
+    for p, q in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 def test_a_state_dict_of_another_optimizer_is_refused():
     problem = Regression(3)
     opt = hx.HyperOptimizer(matrices(problem), hx.Wrap(torch.optim.Muon) / hx.SGD())

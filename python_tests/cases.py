@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -186,18 +186,25 @@ def level_of(rule: str, hyper: dict[str, float], **kw: Any) -> hx.Level:
     return RULE_CASES[rule].level(hyper, **kw)
 
 
+def is_noisy(levels: Iterable[hx.Level]) -> bool:
+    """After the first step, bias correction makes the hypergradient of betas 0, of which rounding leaves any sign.
+
+    What stands above such a level is as noisy.
+    """
+    return any({"beta1", "beta2"} & set(level.learn_names) for level in levels)
+
+
 @st.composite
-def levels(draw: st.DrawFn, lr: float, below: hx.Level | None = None) -> hx.Level:
+def levels(draw: st.DrawFn, lr: float, below: Sequence[hx.Level] = ()) -> hx.Level:
     """A level of any rule, with a step size up to `lr`, that learns any of its hyperparameters in any coordinate.
 
-    None that jumps stands above one that learns betas: after the first step, bias correction makes their hypergradient
-    0, of which rounding leaves a number of any sign.
+    None that jumps stands above one that learns betas (see is_noisy()), nor one with a value on its bound.
     """
-    noisy = below is not None and {"beta1", "beta2"} & set(below.learn_names)
+    noisy = is_noisy(below)
     rule = draw(st.sampled_from(sorted(name for name, case in RULE_CASES.items() if not (noisy and case.jumps))))
     case = RULE_CASES[rule]
     hyper = {name: value if name != "lr" else lr * draw(st.floats(0.1, 1.0)) for name, value in case.hyper.items()}
-    hyper["weight_decay"] = draw(st.sampled_from([0.0, 0.01]))
+    hyper["weight_decay"] = draw(st.sampled_from([0.01] if noisy else [0.0, 0.01]))
     names = sorted(hyper)
     learn = draw(st.lists(st.sampled_from(names), unique=True))
     space = {}
@@ -208,12 +215,13 @@ def levels(draw: st.DrawFn, lr: float, below: hx.Level | None = None) -> hx.Leve
 
 
 @st.composite
-def safeguarded(draw: st.DrawFn, level: hx.Level, is_base: bool, granularity: str) -> hx.Level:
+def safeguarded(draw: st.DrawFn, level: hx.Level, below: Sequence[hx.Level], granularity: str) -> hx.Level:
     """The level with some of what goes beyond the paper.
 
-    Only what is well-conditioned is normalised: right after the first step bias correction makes the hypergradient of
-    betas 0, of which rounding leaves a number of any sign, and that of scalars with respect to eps cancels.
+    Only what is well-conditioned is normalised: neither betas nor what stands above them, and the hypergradient of
+    scalars with respect to eps cancels.
     """
+    is_base = not below
     learned = set(level.learn_names)
     lr = level.values()["lr"]
     space = dict(level.space)
@@ -224,7 +232,7 @@ def safeguarded(draw: st.DrawFn, level: hx.Level, is_base: bool, granularity: st
         space=space,
         granularity=granularity,
         horizon=draw(st.sampled_from([1, 1, 2, 20, (2, 0.5)])),
-        normalize=(learned <= {"lr"} or (is_base and not noisy)) and draw(st.booleans()),
+        normalize=not is_noisy(below) and (learned <= {"lr"} or (is_base and not noisy)) and draw(st.booleans()),
         clip=draw(st.sampled_from([None, 1e-3, 0.1])),
         growth=draw(st.sampled_from([None, 1.001, 1.1])),
         burn_in=draw(st.sampled_from([0, 0, 3])),
@@ -236,10 +244,10 @@ def safeguarded(draw: st.DrawFn, level: hx.Level, is_base: bool, granularity: st
 @st.composite
 def safeguarded_stacks(draw: st.DrawFn) -> hx.Stack:
     """Stacks of one to four levels; up to a level, each tensor may have hyperparameters of its own."""
-    plain = draw(stacks(max_height=3))
+    plain = draw(stacks(max_height=3)).levels
     own = draw(st.integers(0, len(plain)))
     return hx.Stack(
-        [draw(safeguarded(level, k == 0, "tensor" if k < own else "group")) for k, level in enumerate(plain)]
+        [draw(safeguarded(level, plain[:k], "tensor" if k < own else "group")) for k, level in enumerate(plain)]
     )
 
 
@@ -248,5 +256,5 @@ def stacks(draw: st.DrawFn, min_height: int = 0, max_height: int = 4) -> hx.Stac
     """A stack of `min_height` to `max_height` levels above the first."""
     stack = [draw(levels(0.05))]
     for _ in range(draw(st.integers(min_height, max_height))):
-        stack.append(draw(levels(1e-3, below=stack[-1])))
+        stack.append(draw(levels(1e-3, below=stack)))
     return hx.Stack(stack)

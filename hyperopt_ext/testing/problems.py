@@ -67,7 +67,10 @@ def assert_same(
     expected_hyper: Sequence[Mapping[str, Any]],
     tolerance: float = 1e-9,
 ) -> None:
-    """Parameters, and the values of every level: a number, or a list where each tensor has its own."""
+    """Parameters, and the values of every level: a number, or a list where each tensor has its own.
+
+    Of one that comes down to 0, rounding decides whether it stops there.
+    """
     for i, (p, q) in enumerate(zip(params, expected_params, strict=True)):
         assert_near(p.detach(), q.detach(), f"parameter {i}", tolerance)
     for k, (level, expected) in enumerate(zip(hyper, expected_hyper, strict=True)):
@@ -75,7 +78,7 @@ def assert_same(
             values = value if isinstance(value, list) else [value]
             got = level[name].reshape(-1).tolist()
             for x, y in zip(got, values, strict=True):
-                assert_close(x, y, f"{name} of level {k}", tolerance, floor=1e-100)
+                assert_close(x, y, f"{name} of level {k}", tolerance, floor=1e-17)
 
 
 def assert_raises(message: str, call: Callable[[], object]) -> None:

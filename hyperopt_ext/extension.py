@@ -204,7 +204,7 @@ def _errors(output: str) -> str:
     missing: list[str] = []
     unnamed: list[str] = []
     others: list[str] = []
-    rule = ""
+    rule = "  "
     for line in output.splitlines():
         if where := _RULE.search(line):
             rule = f"  {where[1] or where[2]}: "

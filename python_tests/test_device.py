@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import runpy
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import pytest
 import torch
 from cases import CASES, safeguarded_stacks
-from emulation import emulated, replaced_places
+from emulation import ROOT, emulated, replaced_places
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from problems import relative_error
@@ -313,6 +314,11 @@ def test_the_functional_form_of_every_rule(device, case):
             assert (one is None) == (other is None)
             if one is not None and one.numel():
                 assert error(one, other) <= 1e-10
+
+
+def test_the_steps_for_the_sanitizers_work():
+    with on("emulated"):
+        runpy.run_path(str(ROOT / "benchmarks" / "gpu_step.py"))["main"]("cpu")
 
 
 def test_sums_do_not_depend_on_how_often_they_are_made(device):

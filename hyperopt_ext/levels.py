@@ -225,6 +225,8 @@ class AdamW(Betas):
     eps: float = 1e-8
     weight_decay: float = 1e-2
 
+    always = ("decoupled_weight_decay",)
+
     @classmethod
     def rule_for(cls, names: Collection[str], **structure: bool) -> str:
         return "adamw"
@@ -252,6 +254,8 @@ class AMSGrad(Betas):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
+
+    always = ("amsgrad",)
 
     @classmethod
     def rule_for(cls, names: Collection[str], **structure: bool) -> str:

@@ -446,6 +446,11 @@ class HyperOptimizer(Optimizer):
 
     def _stack_for(self, group: dict[str, Any]) -> Stack:
         """The stack of a new group; takes the arguments of its first level out of the group."""
+        if "tower" in group:
+            raise ValueError(
+                "param group: it is that of another HyperOptimizer; write {'params': group['params']}, and arguments "
+                "of its first level as numbers"
+            )
         stack = Stack.coerce(group.get("stack", self.defaults["stack"]))
         arguments = stack[0].arguments()
         changes = {name: group.pop(name) for name in arguments if name in group}
@@ -457,7 +462,7 @@ class HyperOptimizer(Optimizer):
         others = {h["name"] for rule in RULES.values() for h in rule["hypers"]} | {"betas"}
         for name in sorted(group.keys() - _GROUP_KEYS, key=str):
             close = get_close_matches(str(name), arguments, 1, cutoff=0.8)
-            switched_on = name in _SWITCHES and group[name]
+            switched_on = name in _SWITCHES and name not in stack[0].always and group[name]
             if name in others or close or switched_on:
                 hint = f" (is it {close[0]}?)" if close else ""
                 known = ", ".join(arguments)

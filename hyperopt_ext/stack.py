@@ -129,6 +129,8 @@ class Level:
 
     # Hyperparameters without which (0 and not learned) the method is another rule, with less state.
     optional: ClassVar[tuple[str, ...]] = ()
+    # What is always switched on, and has a name in the param groups of torch.optim.
+    always: ClassVar[tuple[str, ...]] = ()
     # Arguments that similar classes have, and what stands here in their place.
     elsewhere: ClassVar[dict[str, str]] = {
         "maximize": "it is an argument of HyperOptimizer",
@@ -242,7 +244,8 @@ class Level:
     def _check_value(self, me: str, h: _C.HyperparameterInfo, value: object) -> None:
         name, low, high = h["name"], h["low"], h["high"]
         if not is_number(value):
-            raise TypeError(f"{me}: {name} must be a number, not {value!r}")
+            hint = f"; write float({name})" if isinstance(value, Tensor) and value.numel() == 1 else ""
+            raise TypeError(f"{me}: {name} must be a number, not {value!r}{hint}")
         if not (low <= value < high and math.isfinite(value)):
             raise ValueError(f"{me}: {name} must be in [{low:g}, {high:g}), not {value!r}")
         space = self.space.get(name, h["space"])

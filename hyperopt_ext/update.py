@@ -273,6 +273,16 @@ class Group:
                     f"param group: {name} does nothing here, since this {base} was made without it; "
                     f"write {base}({name}={value!r})"
                 )
+        if torch.compiler.is_compiling():
+            return
+        swa_lr = self.group.get("swa_lr")
+        first = self.initial.item() if self.initial is not None and "swa_lr" not in self.names else 0.0
+        if is_number(swa_lr) and 0 < swa_lr < 1e-10 * first:
+            raise ValueError(
+                f"param group: swa_lr={swa_lr:g} is meant relative to the first lr, which is {first:g} where none is "
+                "given; give one, as hx.auto(params, lr=0.1), or make SWALR where its part begins"
+            )
+        self.names = {*self.group} - self.absent
 
     def edited(self, saved: dict[str, Any]) -> dict[str, float | Tensor]:
         """The values of the first level in a param group of a state dict, where the caller may have edited them."""

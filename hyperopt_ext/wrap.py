@@ -62,6 +62,7 @@ class Wrap(Level):
     """
 
     first_only = True
+    always = ("decoupled_weight_decay",)  # if its groups have it, it knows it
 
     optimizer: Callable[..., Optimizer]
     lr: float

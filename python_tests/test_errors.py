@@ -33,7 +33,12 @@ def param(*shape, **kw):
         (lambda: hx.Adam(lr=NAN), ValueError, "Adam: lr"),
         (lambda: hx.Adam(lr=float("inf")), ValueError, "Adam: lr"),
         (lambda: hx.Adam(lr="fast"), TypeError, "Adam: lr must be a number"),
-        (lambda: hx.Adam(lr=torch.tensor(0.1)), TypeError, "Adam: lr must be a number"),
+        (lambda: hx.Adam(lr=torch.tensor(0.1)), TypeError, r"Adam: lr must be a number, .*write float\(lr\)"),
+        (
+            lambda: hx.HyperOptimizer(hx.HyperOptimizer([param()], hx.Adam()).param_groups, hx.Adam()),
+            ValueError,
+            "it is that of another HyperOptimizer",
+        ),
         (lambda: hx.Adam(lr=True), TypeError, "Adam: lr must be a number"),
         (
             lambda: hx.Adam([param()], lr=0.1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -419,3 +420,19 @@ def test_what_is_saved_between_a_move_and_a_step_is_what_goes_on():
             opt.step()
         results.append((p.tolist(), q.tolist()))
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    ("published", "level"),
+    [
+        (torch.optim.AdamW, hx.AdamW()),
+        (torch.optim.AdamW, hx.Wrap(torch.optim.AdamW)),
+        (partial(torch.optim.Adam, amsgrad=True), hx.AMSGrad()),
+    ],
+)
+def test_param_groups_of_torch_are_taken_over(published, level):
+    groups = published([torch.nn.Parameter(torch.ones(2))], lr=0.25).param_groups
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt = hx.HyperOptimizer(groups, level / hx.SGD(lr=1e-5))
+    assert opt.param_groups[0]["lr"] == 0.25

@@ -464,3 +464,20 @@ def test_the_momentum_of_a_wrapped_optimizer_is_cycled(schedule, wrapped):
         for _ in zip(train(problem, opt, schedule(opt)), train(plain, other, schedule(other)), strict=True):
             for p, q in zip(problem.model.parameters(), plain.model.parameters(), strict=True):
                 assert relative_error(p.detach(), q.detach()) <= 1e-9
+
+
+def test_an_swa_lr_without_a_first_lr_is_an_error():
+    """It would be 0.05 of 1e20, and freeze the model. One that is made later starts from what was learned."""
+    problem = Regression(4)
+    opt = hx.auto(problem.model.parameters())
+    schedulers.CosineAnnealingLR(opt, 10)
+    problem.train(opt, range(2))
+    SWALR(opt, 0.05)
+    before = [p.detach().clone() for p in problem.model.parameters()]
+    with pytest.raises(ValueError, match=r"swa_lr=0.05 is meant relative to the first lr, which is 1e\+20"):
+        problem.train(opt, range(2, 3))
+    assert all(map(torch.equal, before, problem.model.parameters()))
+    later = hx.auto(problem.model.parameters())
+    problem.train(later, range(2))
+    SWALR(later, 0.05)
+    problem.train(later, range(2, 4))

@@ -161,6 +161,7 @@ class Group:
             for name in ("lr", "initial_lr"):
                 group[name] = torch.as_tensor(group[name], dtype=torch.float64, device=device)
             self.initial = group["initial_lr"]
+        self.swa_lr: float | None = None  # that was checked
         live = self.hyperparameters[0]
         self.betas = (live["beta1"], live["beta2"]) if "beta1" in live else None
         self.states = base.start()
@@ -273,16 +274,15 @@ class Group:
                     f"param group: {name} does nothing here, since this {base} was made without it; "
                     f"write {base}({name}={value!r})"
                 )
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or (swa_lr := self.group.get("swa_lr")) is self.swa_lr:
             return
-        swa_lr = self.group.get("swa_lr")
-        first = self.initial.item() if self.initial is not None and "swa_lr" not in self.names else 0.0
+        first = 0.0 if self.initial is None else self.initial.item()  # waits, but once
         if is_number(swa_lr) and 0 < swa_lr < 1e-10 * first:
             raise ValueError(
                 f"param group: swa_lr={swa_lr:g} is meant relative to the first lr, which is {first:g} where none is "
                 "given; give one, as hx.auto(params, lr=0.1), or make SWALR where its part begins"
             )
-        self.names = {*self.group} - self.absent
+        self.swa_lr = swa_lr
 
     def edited(self, saved: dict[str, Any]) -> dict[str, float | Tensor]:
         """The values of the first level in a param group of a state dict, where the caller may have edited them."""

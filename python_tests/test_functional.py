@@ -46,10 +46,11 @@ def test_a_tower_of_functions_equals_autograd_and_the_optimizer(stack):
     reference = ReferenceTower(problem.model.parameters(), stack, TWINS)
     for i in range(STEPS):
         reference.step(lambda params, i=i: problem.loss_of(i, params))
-    assert_same(params, hyper, reference.params, reference.hyperparameters())
+    first = [level.values() for level in stack]
+    assert_same(params, hyper, reference.params, reference.hyperparameters(), first=first)
     opt = hx.HyperOptimizer(problem.model.parameters(), stack)
     problem.train(opt, range(STEPS))
-    assert_same(params, hyper, problem.model.parameters(), as_numbers(opt.hyperparameters()))
+    assert_same(params, hyper, problem.model.parameters(), as_numbers(opt.hyperparameters()), first=first)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -28,7 +28,8 @@ def assert_equals_transcription(stack, steps=STEPS):
     for i in range(steps):
         reference.step(lambda params, i=i: problem.loss_of(i, params))
         problem.train(opt, range(i, i + 1))
-    assert_same(problem.model.parameters(), opt.hyperparameters(), reference.params, reference.hyperparameters())
+    expected, first = reference.hyperparameters(), [level.values() for level in stack]
+    assert_same(problem.model.parameters(), opt.hyperparameters(), reference.params, expected, first=first)
     assert [{k: v.tolist() for k, v in level.items()} for level in opt.bounded_steps()] == reference.bounded()
 
 

@@ -410,7 +410,8 @@ def equals_a_tower_of_plain_autograd(stack: Stack, twins: Mapping[str, Twin], st
             if i < 3:
                 raise AssertionError(f"{stack} runs away at once: nothing is compared; take other values")
             return  # a tower without safeguards may run away: it is compared up to there
-        assert_same(problem.model.parameters(), opt.hyperparameters(), reference.params, expected)
+        first = [level.values() for level in stack]
+        assert_same(problem.model.parameters(), opt.hyperparameters(), reference.params, expected, first=first)
     assert opt.skipped_steps() == 0
 
 

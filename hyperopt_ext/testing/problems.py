@@ -66,10 +66,11 @@ def assert_same(
     expected_params: Iterable[Tensor],
     expected_hyper: Sequence[Mapping[str, Any]],
     tolerance: float = 1e-9,
+    first: Sequence[Mapping[str, float]] = (),
 ) -> None:
     """Parameters, and the values of every level: a number, or a list where each tensor has its own.
 
-    Of one that comes down to 0, rounding decides whether it stops there.
+    Of one that comes down to 0 from its `first` value, rounding decides whether it stops there.
     """
     for i, (p, q) in enumerate(zip(params, expected_params, strict=True)):
         assert_near(p.detach(), q.detach(), f"parameter {i}", tolerance)
@@ -78,7 +79,8 @@ def assert_same(
             values = value if isinstance(value, list) else [value]
             got = level[name].reshape(-1).tolist()
             for x, y in zip(got, values, strict=True):
-                assert_close(x, y, f"{name} of level {k}", tolerance, floor=1e-17)
+                floor = 1e-15 * first[k][name] if first else 0.0
+                assert_close(x, y, f"{name} of level {k}", tolerance, max(floor, 1e-100))
 
 
 def assert_raises(message: str, call: Callable[[], object]) -> None:

@@ -19,6 +19,7 @@ namespace hyperopt_ext {
 //             moving    0 if the levels above level 0 do not move in this step
 //             schedule  what the lr of level 0 is multiplied by in the coming update; written from outside
 //             scheduled what it was multiplied by in the last one
+//             least     the size below which the lr of level 0 is not lowered
 //             arrived   on a GPU, the blocks of a pass that are through with the row, an unsigned int; 0 between passes
 //   level k   used      [hypers]             the values of the most recent update
 //             previous  [hypers]             those of the update before it
@@ -30,7 +31,19 @@ namespace hyperopt_ext {
 //             tangents  [n, hypers]          d x_{k-1} / d h_k of the most recent update, or their traces
 //
 // with level 0, which moves the parameters, first (n = 0).
-enum Header : int { kTicks, kMoves, kTicking, kSkipped, kHeld, kMoving, kSchedule, kScheduled, kArrived, kHeader };
+enum Header : int {
+  kTicks,
+  kMoves,
+  kTicking,
+  kSkipped,
+  kHeld,
+  kMoving,
+  kSchedule,
+  kScheduled,
+  kLeast,
+  kArrived,
+  kHeader
+};
 constexpr int kValues = 6;  // numbers of a level for each of its hyperparameters
 
 struct LevelRow {
@@ -135,7 +148,8 @@ void tower_reset(double* row, const std::int64_t* plan, int levels, const double
 // One step of all rows. `scratch` is not read.
 void tower_step(const TowerView& tower);
 
-// Lowers the lr of level 0 where the coming update is larger than `trust` allows.
+// Lowers the lr of level 0 where the coming update is larger than `trust` allows, and finds what the next move may lower it
+// to.
 void tower_cap(const TowerView& tower);
 
 }  // namespace hyperopt_ext

@@ -72,6 +72,10 @@ HX_FN double coordinate_of(Space space, double h, double near) {
 // (as in Adafactor: Shazeer & Stern, ICML 2018, Algorithm 4).
 constexpr double kSmallestRms = 1e-3;
 
+// An lr whose update is a smaller part of the parameters is not lowered any further: in fp32 the update is lost in rounding,
+// so that nothing tells this lr from any smaller one, from which it would be long in coming back.
+constexpr double kSmallestUpdate = 1e-8;
+
 // One level of one row.
 struct Level {
   LevelRow row;
@@ -151,10 +155,11 @@ HX_FN void fade(const Level& above, double step, int begin, int end) {
   }
 }
 
-// Moves the learned ones of the hyperparameters first to last - 1 of `level` by the rule of the level above.
+// Moves the learned ones of the hyperparameters first to last - 1 of `level` by the rule of the level above; lr is not
+// lowered below `least`.
 template <class Call>
 HX_FN void move(const Call& call, const Level& level, const Level& above, double step, const double* gradients,
-                int first, int last) {
+                int first, int last, double least) {
   const LevelRow& r = level.row;
   const int columns = above.row.hypers, n = above.row.n;
   const int begin = position(level.learn, first), end = position(level.learn, last);
@@ -179,8 +184,12 @@ HX_FN void move(const Call& call, const Level& level, const Level& above, double
     if (moved == r.x[i] || !is_finite(moved)) continue;
     const double reached = within(level.space(i), moved), value = value_at(level.space(i), reached);
     double kept = clamp(value, level.bounds[2 * i], level.bounds[2 * i + 1]);
-    const double most = level.settings[kGrowth] * std::fabs(r.live[i]);  // an lr with wide bounds may be negative
-    if (level.is_lr(i) && is_finite(level.settings[kGrowth])) kept = clamp(kept, -most, most);
+    if (level.is_lr(i)) {
+      const double size = std::fabs(r.live[i]);  // with wide bounds it may be negative
+      const double most = level.settings[kGrowth] * size, low = size < least ? size : least;
+      if (is_finite(level.settings[kGrowth])) kept = clamp(kept, -most, most);
+      if (std::fabs(kept) < low) kept = r.live[i] < 0.0 ? -low : low;
+    }
     if (!is_finite(kept)) continue;
     r.x[i] = kept == value ? reached : coordinate_of(level.space(i), kept, moved);
     r.bounded[i] += kept == value && reached == moved ? 0.0 : 1.0;
@@ -385,7 +394,7 @@ HX_FN void move_level(const Team& team, const Call& call, const TowerView& tower
         const Level above(tower, row, k + 1);
         const double* const gradients = scratch.applied + row * scratch.learned + level.plan[kGradient];
         if (updates && moving && step > 0.0)
-          move(call, level, above, step, gradients, first, last);
+          move(call, level, above, step, gradients, first, last, k == 0 ? head[kLeast] : 0.0);
         else
           fade(above, step, position(level.learn, first), position(level.learn, last));
       }
@@ -406,18 +415,21 @@ HX_FN void step(const Team& team, const Call& call, const TowerView& tower) {
   for (int k = tower.levels; k-- > 0;) move_level(team, call, tower, scratch, k);
 }
 
-// Lowers the lr of level 0 of one row where the coming update is larger than `trust` allows.
+// Lowers the lr of level 0 of one row where the coming update is larger than `trust` allows, and finds what the next move
+// may lower it to.
 HX_FN void cap(const TowerView& tower, std::int64_t row) {
   const Level level(tower, row, 0);
   const int lr = int(level.plan[kLr]);
   if (tower.header(row)[kTicking] == 0.0 || lr < 0) return;
   const double* const norms = tower.sums + 3 * row;
   const LevelRow& r = level.row;
-  const double update = std::fabs(r.used[lr]) * std::sqrt(norms[0]), elements = norms[2];
-  const double size = std::sqrt(norms[1]), least = kSmallestRms * std::sqrt(elements);
+  const double direction = std::sqrt(norms[0]), update = std::fabs(r.used[lr]) * direction;
+  const double norm = std::sqrt(norms[1]), smallest = kSmallestRms * std::sqrt(norms[2]);
+  const double size = norm < smallest ? smallest : norm, least = kSmallestUpdate * size / direction;
+  tower.header(row)[kLeast] = is_finite(least) ? least : 0.0;
   // Without this factor, the learned lr would grow until it cancels that of a warm-up.
   const double schedule = tower.header(row)[kScheduled], factor = std::fabs(schedule) < 1.0 ? std::fabs(schedule) : 1.0;
-  const double most = level.settings[kTrust] * factor * (size < least ? least : size);
+  const double most = level.settings[kTrust] * factor * size;
   if (!(update > most)) return;
   r.used[lr] *= most / update;
   r.bounded[lr] += 1.0;

@@ -15,15 +15,10 @@ from hyperopt_ext.stack import Level, Stack, is_number
 # Larger than any lr that `trust` lets pass: the first step lowers it.
 _ANY_LR = 1e20
 
-# Adam's updates have the size of lr, whatever the scale of the loss: below this they hardly show in fp32, and an lr that
-# fell far below it, near a minimum, would be long in coming back.
-_LEAST_LR = 1e-6
-
 _MOVED_BY_COSINES: dict[str, Any] = {"learn": "lr", "space": {"lr": "log"}, "normalize": True}
-_ADAM: dict[str, Any] = {"betas": (0.9, 0.99), "horizon": (125, 0.25), "trust": 0.03, **_MOVED_BY_COSINES}
 _BASES: dict[str, Level] = {
-    "adam": Adam(lr=_ANY_LR, bounds={"lr": (_LEAST_LR, math.inf)}, **_ADAM),
-    "adamw": AdamW(lr=_ANY_LR, bounds={"lr": (_LEAST_LR, math.inf)}, **_ADAM),
+    "adam": Adam(lr=_ANY_LR, betas=(0.9, 0.99), horizon=(125, 0.25), trust=0.03, **_MOVED_BY_COSINES),
+    "adamw": AdamW(lr=_ANY_LR, betas=(0.9, 0.99), horizon=(125, 0.25), trust=0.03, **_MOVED_BY_COSINES),
     "sgd": SGD(lr=_ANY_LR, momentum=0.9, nesterov=True, horizon=(400, 0.25), trust=0.02, **_MOVED_BY_COSINES),
 }
 # log lr moves by 0.2 times a running mean of the cosines.
@@ -53,10 +48,8 @@ def auto(
     too early.
 
     It is the stack ``Adam(betas=(0.9, 0.99), learn="lr", space={"lr": "log"}, normalize=True, horizon=(125, 0.25),
-    trust=0.03, bounds={"lr": (1e-6, inf)}) / SGD(lr=0.2, momentum=0.9, dampening=0.9)``, or AdamW in the place of Adam,
-    or ``SGD(momentum=0.9, nesterov=True, horizon=(400, 0.25), trust=0.02, ...) / SGD(lr=0.2, momentum=0.95,
-    dampening=0.95)``, whose lr has no bounds, since it has the scale of the loss. An lr below 1e-6 is the lower bound
-    itself.
+    trust=0.03) / SGD(lr=0.2, momentum=0.9, dampening=0.9)``, or AdamW in the place of Adam, or ``SGD(momentum=0.9,
+    nesterov=True, horizon=(400, 0.25), trust=0.02, ...) / SGD(lr=0.2, momentum=0.95, dampening=0.95)``.
 
     Args:
         params: as :class:`HyperOptimizer` takes them.
@@ -87,21 +80,18 @@ def auto(
     if lr is not None and not lr > 0:
         raise ValueError(f"auto: lr must be greater than 0, since its logarithm is learned, not {lr!r}")
     name = base.lower()
-    level = _BASES[name].replace(**_bounded(_BASES[name], lr, arguments))
+    level = _BASES[name].replace(**({} if lr is None else {"lr": lr}), **_within_bounds(lr, arguments))
     if lr is None and level.trust is None:
         raise ValueError("auto: without trust, nothing sets the first lr; give one, as lr=1e-3")
     return HyperOptimizer(params, level / _ABOVE[name], maximize=maximize, nonfinite=nonfinite)
 
 
-def _bounded(base: Level, lr: float | None, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments, with a first lr and bounds that allow it: where one is not given, it follows from the other."""
-    if lr is not None:
-        least = {name: (min(low, lr), high) for name, (low, high) in base.bounds.items()}
-        return {"lr": lr, "bounds": least, **arguments}
+def _within_bounds(lr: float | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, and the largest lr that their bounds allow if none was given."""
     bounds = arguments.get("bounds")
     pair = bounds.get("lr") if isinstance(bounds, Mapping) else None
     largest = pair[-1] if isinstance(pair, Sequence) and pair else None  # what else is wrong with it, Level says
-    return {**arguments, "lr": largest} if is_number(largest) and largest < math.inf else arguments
+    return {**arguments, "lr": largest} if lr is None and is_number(largest) and largest < math.inf else arguments
 
 
 def sgd_hd(lr: float, hyper_lr: float = 1e-6) -> Stack:

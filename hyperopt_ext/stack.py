@@ -99,6 +99,8 @@ class Level:
             move (as in Adafactor: Shazeer & Stern, ICML 2018). A scheduler's factor, if it is below 1 and one of an lr
             that is learned or that each tensor has of its own, is one of tau, too. Neither ``burn_in`` nor ``bounds``
             keep it from that; with ``converge``, what is lowered is the lr in use, and the learned one becomes that.
+            Nor does the level above lower an lr any further whose last update was, without a scheduler, 1e-8 of the
+            parameters or less: nothing would tell it from a smaller one, from which it would be long in coming back.
             Costs a third pass, which only reads. Default: None.
         burn_in: first steps in which this level is not tuned, >= 0. Default: 0.
         converge: ``(limit, steps)``: the lr in use is d(t) lr + (1 - d(t)) limit with d(t) = 1 / (1 + (t / steps)²),

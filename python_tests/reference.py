@@ -149,6 +149,7 @@ TWINS: dict[str, Twin] = {
 }
 
 SMALLEST_RMS = 1e-3  # of parameters, where updates are measured by them
+SMALLEST_UPDATE = 1e-8  # a part of the parameters
 
 
 class _Set:
@@ -166,6 +167,7 @@ class _Set:
         self.z: dict[tuple[str, object], Tensor] = {}
         self.bounded = dict.fromkeys(self.h, 0)
         self.delta = 1.0
+        self.least = 0.0  # lr
 
     def update(self, key: object, w: Tensor, g: Tensor, step: int, dry: bool = False) -> Tensor:
         """One update of what `key` names; adds its derivatives, d new / d h, to the traces."""
@@ -220,6 +222,8 @@ class _Set:
         value = to_h(moved).clamp(*self.limits[name])
         if name == "lr" and self.level.growth is not None:
             value = torch.minimum(value, self.level.growth * self.h[name])
+        if name == "lr":
+            value = value.clamp(min=min(self.h[name].item(), self.least))
         cut = not torch.isclose(value, to_h(moved), rtol=1e-12, atol=0)
         self.bounded[name] += cut
         self.x[name], self.h[name] = to_x(value, moved) if cut else moved, value
@@ -289,9 +293,11 @@ class TranscribedTower:
     def _cap(self, s: _Set, grads: dict[object, Tensor]) -> None:
         w = torch.cat([self.params[i].flatten() for i in grads])
         new = torch.cat([s.update(i, self.params[i], g, self.t, dry=True).flatten() for i, g in grads.items()])
-        most = s.level.trust * max(w.norm(), SMALLEST_RMS * w.numel() ** 0.5)
-        if (new - w).norm() > most:
-            s.used["lr"] = s.used["lr"] * most / (new - w).norm()
+        size = max(w.norm(), SMALLEST_RMS * w.numel() ** 0.5)
+        most, norm = s.level.trust * size, (new - w).norm()
+        s.least = (SMALLEST_UPDATE * size * s.used["lr"] / norm).item() if norm > 0 else 0.0
+        if norm > most:
+            s.used["lr"] = s.used["lr"] * most / norm
             s.bounded["lr"] += 1
             if "lr" in s.learn and s.h["lr"] > s.used["lr"]:
                 s.h["lr"] = s.used["lr"]

@@ -137,6 +137,35 @@ def test_trust_holds_for_a_negative_lr(lr):
     assert opt.bounded_steps()[0]["lr"] == 1
 
 
+@pytest.mark.parametrize(
+    ("space", "lr"), [("log", 0.01), ("multiplicative", 0.01), ("linear", 0.01), ("linear", -0.01)]
+)
+@pytest.mark.parametrize("start", [1.0, 1e-9], ids=["above", "below"])
+def test_trust_keeps_an_lr_from_where_its_updates_are_lost(space, lr, start):
+    """It falls until an update is 1e-8 of the parameters, on both sides of 0, not from below that, and can grow again."""
+    p = torch.nn.Parameter(torch.ones(4, dtype=torch.float64))
+    bounds = {"lr": (0.0, math.inf) if lr > 0 else (-math.inf, 0.0)}
+    level = hx.SGD(max(lr, 0.0), learn="lr", bounds=bounds, space={"lr": space}, normalize=True, trust=0.03)
+    opt = hx.HyperOptimizer([p], level / hx.SGD(lr=0.001 if space == "linear" else 0.9))
+    live = opt.param_groups[0]["lr"].fill_(lr * start)
+
+    def step(grad):
+        before, p.grad = p.detach().clone(), torch.full_like(p, grad)
+        opt.step()
+        return (p.detach() - before).norm() / before.norm()
+
+    turn = -math.copysign(1.0, lr)  # against a positive lr, for a negative one
+    parts = [step(10 * turn**i) for i in range(20)]
+    assert opt.bounded_steps()[0]["lr"] > 2
+    if start == 1.0:
+        assert parts[-1].item() == pytest.approx(1e-8, rel=0.02)  # of the parameters in the step before it fell so far
+    else:
+        assert live.item() == pytest.approx(lr * start, rel=1e-15)
+    low = live.item()
+    step(-10 * turn**20)
+    assert live / low > 1.5
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_growth_is_of_the_size_of_a_negative_lr(sign):
     """A move towards 0 is left alone, and one away from it is cut, on both sides of 0."""

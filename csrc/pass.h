@@ -95,8 +95,8 @@ struct Backend {
   // is not compiled with: the tower, the level, and the rule's id.
   void (*tower)(at::TensorList towers, const std::vector<TowerView>& views, at::IntArrayRef foreign);
 
-  // Lowers the lr of the first levels where the coming update is larger than `trust` allows, and finds what the next move
-  // may lower it to, from what norms() gave.
+  // Lowers the lr of the first levels where the coming update is larger than `trust` allows, and finds what the next
+  // move may lower it to, from what norms() gave.
   void (*cap)(at::TensorList towers, const std::vector<TowerView>& views);
 };
 

@@ -148,8 +148,8 @@ void tower_reset(double* row, const std::int64_t* plan, int levels, const double
 // One step of all rows. `scratch` is not read.
 void tower_step(const TowerView& tower);
 
-// Lowers the lr of level 0 where the coming update is larger than `trust` allows, and finds what the next move may lower it
-// to.
+// Lowers the lr of level 0 where the coming update is larger than `trust` allows, and finds what the next move may
+// lower it to.
 void tower_cap(const TowerView& tower);
 
 }  // namespace hyperopt_ext

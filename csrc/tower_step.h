@@ -72,8 +72,8 @@ HX_FN double coordinate_of(Space space, double h, double near) {
 // (as in Adafactor: Shazeer & Stern, ICML 2018, Algorithm 4).
 constexpr double kSmallestRms = 1e-3;
 
-// An lr whose update is a smaller part of the parameters is not lowered any further: in fp32 the update is lost in rounding,
-// so that nothing tells this lr from any smaller one, from which it would be long in coming back.
+// An lr whose update is a smaller part of the parameters is not lowered any further: in fp32 the update is lost in
+// rounding, so that nothing tells this lr from any smaller one, from which it would be long in coming back.
 constexpr double kSmallestUpdate = 1e-8;
 
 // One level of one row.
@@ -415,8 +415,8 @@ HX_FN void step(const Team& team, const Call& call, const TowerView& tower) {
   for (int k = tower.levels; k-- > 0;) move_level(team, call, tower, scratch, k);
 }
 
-// Lowers the lr of level 0 of one row where the coming update is larger than `trust` allows, and finds what the next move
-// may lower it to.
+// Lowers the lr of level 0 of one row where the coming update is larger than `trust` allows, and finds what the next
+// move may lower it to.
 HX_FN void cap(const TowerView& tower, std::int64_t row) {
   const Level level(tower, row, 0);
   const int lr = int(level.plan[kLr]);

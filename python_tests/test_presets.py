@@ -48,6 +48,25 @@ def test_the_scale_of_the_loss_does_not_matter(base):
 
 
 @every_base
+@pytest.mark.parametrize("seed", [0, 2])
+def test_lr_comes_back_from_a_minimum(base, seed):
+    """Where the updates of 1500 steps have come to nothing, a new problem is on its way within 200."""
+    generator = torch.Generator().manual_seed(seed)
+    x, targets = torch.randn(256, 10, generator=generator), torch.randn(2, 10, 1, generator=generator)
+    w = torch.nn.Parameter(torch.zeros(10, 1))
+    opt = hx.auto([w], base)
+    for target, steps in zip(targets, (1500, 200), strict=True):
+        distance = (w.detach() - target).norm()
+        for _ in range(steps):
+            opt.zero_grad()
+            batch = x[torch.randint(256, (32,), generator=generator)]
+            (batch @ (w - target)).square().mean().backward()
+            opt.step()
+            assert opt.param_groups[0]["lr"] > 1e-9
+        assert (w.detach() - target).norm() < 0.1 * distance
+
+
+@every_base
 def test_nothing_happens_where_there_is_nothing_to_learn(base):
     """A loss that is flat, and parameters that are 0."""
     p = torch.nn.Parameter(torch.zeros(10))

@@ -142,7 +142,7 @@ def test_trust_holds_for_a_negative_lr(lr):
 )
 @pytest.mark.parametrize("start", [1.0, 1e-9], ids=["above", "below"])
 def test_trust_keeps_an_lr_from_where_its_updates_are_lost(space, lr, start):
-    """It falls until an update is 1e-8 of the parameters, on both sides of 0, not from below that, and can grow again."""
+    """It falls until an update is 1e-8 of the parameters, on both sides of 0, not from below that, and grows again."""
     p = torch.nn.Parameter(torch.ones(4, dtype=torch.float64))
     bounds = {"lr": (0.0, math.inf) if lr > 0 else (-math.inf, 0.0)}
     level = hx.SGD(max(lr, 0.0), learn="lr", bounds=bounds, space={"lr": space}, normalize=True, trust=0.03)

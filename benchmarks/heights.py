@@ -173,7 +173,7 @@ def draw(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> Figure:
     for ax in axes[-1]:
         ax.set_xlabel("initial step size, the same at every level")
     labels = {label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=9, frameon=False)
+    figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=10, frameon=False)
     title = f'MNIST, MLP "{MODEL}", {options.epochs} epochs, {options.seeds} seed(s); {describe_machine()}'
     figure.suptitle(title, fontsize=10)
     return figure

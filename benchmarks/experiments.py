@@ -220,7 +220,7 @@ def cifar10(folder: Path) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarr
 _data: Data
 
 
-def _start_worker(load: Callable[[Path], Data], folder: Path) -> None:
+def _start_worker(load: Callable[[Path], Any], folder: Path) -> None:
     global _data
     torch.set_num_threads(1)
     _data = load(folder)
@@ -267,7 +267,7 @@ def sweep(
     runs: Iterable[AnyRun],
     options: argparse.Namespace,
     train: Train = train,
-    load: Callable[[Path], Data] = mnist,
+    load: Callable[[Path], Any] = mnist,
 ) -> Callable[[AnyRun], Result]:
     """Trains all runs, several at a time, that OUT/NAME.jsonl does not have. Returns the result of each run."""
     options.out.mkdir(parents=True, exist_ok=True)
@@ -298,12 +298,14 @@ def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
 
 
 def options(
-    description: str | None, seeds: int, epochs: int | None = None, data: str = "MNIST as .gz files"
+    description: str | None, seeds: int, epochs: int | None = None, data: str | None = "MNIST as .gz files"
 ) -> argparse.ArgumentParser:
-    """The options that every experiment has, with --epochs unless it has none of its own to set."""
+    """The options that every experiment has, with --epochs and --data unless there are none to set."""
     summary = (description or "").partition("\n")[0]
     parser = argparse.ArgumentParser(description=summary, parents=[harness.common_options()])
-    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help=data)
+    parser.set_defaults(data=None)
+    if data is not None:
+        parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help=data)
     if epochs is not None:
         parser.add_argument("--epochs", type=int, default=epochs, metavar="N", help=f"of each run; default: {epochs}")
     parser.add_argument("--seeds", type=int, default=seeds, metavar="N", help=f"how many; default: {seeds}")

@@ -51,6 +51,10 @@ def auto(
     trust=0.03) / SGD(lr=0.2, momentum=0.9, dampening=0.9)``, or AdamW in the place of Adam, or ``SGD(momentum=0.9,
     nesterov=True, horizon=(400, 0.25), trust=0.02, ...) / SGD(lr=0.2, momentum=0.95, dampening=0.95)``.
 
+    It needs help where tensors are of very different size, as embeddings are (``granularity="tensor"``), with outliers
+    (clip the gradients), in a GAN (``betas=(0.5, 0.99)``), where the training loss comes down to 0 (``weight_decay``),
+    and in fine-tuning (an ``lr`` that is also an upper bound): see the README.
+
     Args:
         params: as :class:`HyperOptimizer` takes them.
         base: ``"adam"``, ``"adamw"`` or ``"sgd"``, the last with Nesterov's momentum. Default: ``"adam"``.

@@ -17,13 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from auto_tasks import CONSTANT, LRS
+from auto_tasks import CONSTANT, LRS, beside_constants, draw
 from experiments import options, save, sweep
 from harness import describe_machine, output
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -269,11 +266,9 @@ def collect(options: argparse.Namespace) -> list[dict[str, Any]]:
     result = sweep("auto_limits", runs, options, train, no_data)
     rows = []
     for (task, base), curve in curves.items():
-        values = {name: float(np.mean([result(run)["result"] for run in group])) for name, group in curve.items()}
-        constant = {name: value for name, value in values.items() if name.startswith("lr ")}
-        best = min(constant, key=lambda name: constant[name] if np.isfinite(constant[name]) else np.inf)
-        row = {"task": task, "base": base, "metric": TASKS[task][0], "best": best, "constant": constant[best]}
-        rows.append({**row, "helped_by": TASKS[task][2][base], **values})
+        metric, _, help_by_base = TASKS[task]
+        row = {"task": task, "base": base, "metric": metric, "helped_by": help_by_base[base]}
+        rows.append({**row, **beside_constants(curve, result)})
     return rows
 
 
@@ -286,31 +281,14 @@ def print_table(console: Console, rows: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
-def draw(rows: list[dict[str, Any]]) -> Figure:
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4), sharey=True, layout="constrained")
-    for ax, base in zip(axes, CONSTANT, strict=True):
-        shown = [row for row in rows if row["base"] == base]
-        places = np.arange(len(shown))
-        for name, marker in (("auto", "o"), ("help", "*")):
-            ratios = [np.clip(row[name] / row["constant"], 0.1, 100) for row in shown]
-            ax.plot(ratios, places, marker, label={"auto": "hx.auto", "help": "with help"}[name])
-        ax.set_yticks(places, [row["task"] for row in shown])
-        ax.axvline(1, color="0.5", linewidth=0.8)
-        ax.set(xscale="log", xlabel="result / that of the best constant lr (lower is better)", title=base)
-        ax.xaxis.set_major_formatter("{x:g}")
-        ax.grid(alpha=0.3)
-    axes[0].legend(frameon=False)
-    figure.suptitle(describe_machine(), fontsize=10)
-    return figure
-
-
 def main() -> None:
     chosen = options(__doc__, seeds=3, data=None).parse_args()
     rows = collect(chosen)
     console = output()
     console.print(describe_machine(), highlight=False)
     print_table(console, rows)
-    save("auto_limits", chosen, rows, draw(rows))
+    contenders = {"auto": ("o", "hx.auto"), "help": ("*", "with help")}
+    save("auto_limits", chosen, rows, draw(rows, contenders, worst=100, height=4))
 
 
 if __name__ == "__main__":

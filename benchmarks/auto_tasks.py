@@ -273,19 +273,22 @@ def plan(options: argparse.Namespace) -> dict[tuple[str, str], dict[str, list[Ta
     return curves
 
 
+def beside_constants(curve: dict[str, list[Any]], result: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """The mean of each contender over the seeds, and the best constant learning rate."""
+    values = {name: float(np.mean([result(run)["result"] for run in group])) for name, group in curve.items()}
+    constant = {name: value for name, value in values.items() if name.startswith("lr ")}
+    best = min(constant, key=lambda name: constant[name] if np.isfinite(constant[name]) else np.inf)
+    return {"best": best, "constant": constant[best], **values}
+
+
 def collect(options: argparse.Namespace) -> list[dict[str, Any]]:
     curves = plan(options)
     runs = [run for curve in curves.values() for group in curve.values() for run in group]
     result = sweep("auto_tasks", runs, options, train)
-    rows = []
-    for (task, base), curve in curves.items():
-        values = {name: float(np.mean([result(run)["result"] for run in group])) for name, group in curve.items()}
-        constant = {name: value for name, value in values.items() if name.startswith("lr ")}
-        best = min(constant, key=lambda name: constant[name] if np.isfinite(constant[name]) else np.inf)
-        rows.append(
-            {"task": task, "base": base, "metric": TASKS[task][0], "best": best, "constant": constant[best], **values}
-        )
-    return rows
+    return [
+        {"task": task, "base": base, "metric": TASKS[task][0], **beside_constants(curve, result)}
+        for (task, base), curve in curves.items()
+    ]
 
 
 def print_table(console: Console, rows: list[dict[str, Any]]) -> None:
@@ -297,17 +300,15 @@ def print_table(console: Console, rows: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
-def draw(rows: list[dict[str, Any]]) -> Figure:
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
+def draw(rows: list[dict[str, Any]], contenders: dict[str, tuple[str, str]], worst: float, height: float) -> Figure:
+    """The results over those of the best constant lr, up to ``worst``; a contender has a marker and a label."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, height), sharey=True, layout="constrained")
     for ax, base in zip(axes, CONSTANT, strict=True):
         shown = [row for row in rows if row["base"] == base]
         places = np.arange(len(shown))
-        for name, marker in [
-            *((f"auto {lr or 'none'}", m) for lr, m in zip(FIRST_LRS, "o<>", strict=True)),
-            ("Prodigy", "x"),
-        ]:
-            ratios = [np.clip(row[name] / row["constant"], 0.1, 10) for row in shown]
-            ax.plot(ratios, places, marker, label=name.replace("auto", "hx.auto, first lr"))
+        for name, (marker, label) in contenders.items():
+            ratios = [np.clip(row[name] / row["constant"], 0.1, worst) for row in shown]
+            ax.plot(ratios, places, marker, label=label)
         ax.set_yticks(places, [row["task"] for row in shown])
         ax.axvline(1, color="0.5", linewidth=0.8)
         ax.set(xscale="log", xlabel="result / that of the best constant lr (lower is better)", title=base)
@@ -326,7 +327,11 @@ def main() -> None:
     console = output()
     console.print(describe_machine(), highlight=False)
     print_table(console, rows)
-    save("auto_tasks", chosen, rows, draw(rows))
+    marks = [
+        (f"auto {lr or 'none'}", (m, f"hx.auto, first lr {lr or 'none'}"))
+        for lr, m in zip(FIRST_LRS, "o<>", strict=True)
+    ]
+    save("auto_tasks", chosen, rows, draw(rows, {**dict(marks), "Prodigy": ("x", "Prodigy")}, worst=10, height=5))
 
 
 if __name__ == "__main__":
